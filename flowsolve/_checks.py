@@ -1,0 +1,72 @@
+"""Checks of a user's input: one sentence that says what was given, what was wanted, what to do.
+
+A concrete value is checked in Python and raises a plain `ValueError`; inside a transformation the same
+check becomes `eqx.error_if`, whose returned value must be used.
+"""
+
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from ._types import Like, PRNGKey
+
+_T = TypeVar("_T")
+
+
+def is_concrete(tree: object) -> bool:
+    """Whether no leaf of `tree` is being traced."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def check(value: _T, bad: bool | np.bool_ | Bool[Array, "..."], message: str) -> _T:
+    """Return `value`; raise `message` if any of `bad` holds (at run time where it is traced)."""
+    if not is_concrete(bad):
+        return eqx.error_if(value, bad, message)
+    if bool(np.any(np.asarray(bad))):
+        raise ValueError(message)
+    return value
+
+
+def check_state(x: Like, name: str) -> None:
+    """Raise unless `x` is a non-empty pytree of floating-point arrays (or their shapes)."""
+    leaves = jax.tree.leaves(x)
+    if not leaves:
+        raise ValueError(f"{name} has no arrays: give one example, a pytree of floating-point arrays.")
+    for leaf in leaves:
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise TypeError(f"{name} holds a {type(leaf).__name__}, but wants arrays: wrap it in jnp.asarray.")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} has dtype {leaf.dtype}, but a state must be floating point: "
+                "convert it, e.g. x.astype(jnp.float32)."
+            )
+
+
+def check_key(key: PRNGKey | None, why: str) -> PRNGKey:
+    """Return `key`, or raise if it is missing or not one typed key."""
+    if key is None:
+        raise ValueError(f"key is missing: {why} draws random numbers; pass key=jax.random.key(seed).")
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"key is {type(key).__name__} of dtype {dtype}, but a typed key is wanted: "
+            "use jax.random.key(seed), or jax.random.wrap_key_data for an old raw key."
+        )
+    if key.shape != ():
+        raise ValueError(f"key has shape {key.shape}, but one key is wanted, of shape ().")
+    return key
+
+
+def describe(tree: Like) -> str:
+    """The shapes and dtypes of a pytree in one line, for messages."""
+
+    def leaf_text(leaf: object) -> str:
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"  # pyright: ignore
+        return type(leaf).__name__
+
+    return str(jax.tree.map(leaf_text, tree)).replace("'", "")

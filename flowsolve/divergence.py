@@ -1,0 +1,107 @@
+r"""The divergence of a velocity field, exact or estimated.
+
+$$\nabla \cdot v = \sum_i \frac{\partial v_i}{\partial x_i}
+   = E_\xi\!\left[\xi^T \frac{\partial v}{\partial x}\, \xi\right], \qquad E[\xi \xi^T] = I$$
+
+Both forms come from one linearisation of v at x; the state may have any shape or be any pytree.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from ._checks import check_key
+from ._numerics import normal_like, tree_dot
+from ._types import Like, PRNGKey, Scalar, State
+
+__all__ = ["AbstractDivergence", "Exact", "Hutchinson", "gaussian", "rademacher"]
+
+
+class AbstractDivergence(eqx.Module):
+    """A way to compute the divergence of a field beside its value."""
+
+    #: Whether `probes` draws random numbers.
+    random: eqx.AbstractClassVar[bool]
+
+    @abc.abstractmethod
+    def probes(self, like: Like, key: PRNGKey | None) -> PyTree:
+        """Directions to differentiate in, drawn once for a whole solve: like one example with a leading axis."""
+
+    @abc.abstractmethod
+    def apply(self, field: Callable[[State], State], x: State, probes: PyTree) -> tuple[State, Scalar]:
+        """(field(x), its divergence at x)."""
+
+
+class Exact(AbstractDivergence):
+    """The trace of the Jacobian: d forward derivatives from one linearisation, d the number of elements.
+
+    **Arguments:** `batch_size`: how many basis directions at once; None takes all d, which needs d times the memory of
+    one evaluation.
+    """
+
+    batch_size: int | None = None
+    random: ClassVar[bool] = False
+
+    def __check_init__(self):
+        size = self.batch_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"Exact got batch_size = {size!r}, but wants an integer of at least 1, or None for all.")
+
+    def probes(self, like: Like, key: PRNGKey | None) -> PyTree:
+        del like, key
+        return None
+
+    def apply(self, field: Callable[[State], State], x: State, probes: PyTree) -> tuple[State, Scalar]:
+        del probes
+        value, derivative = jax.linearize(field, x)
+        flat, unravel = jax.flatten_util.ravel_pytree(x)
+
+        def diagonal_entry(index):
+            basis = jnp.zeros_like(flat).at[index].set(1)
+            return jax.flatten_util.ravel_pytree(derivative(unravel(basis)))[0][index]
+
+        entries = jax.lax.map(diagonal_entry, jnp.arange(flat.size), batch_size=self.batch_size or flat.size)
+        return value, jnp.sum(entries)
+
+
+def rademacher(key: PRNGKey, like: Like) -> State:
+    """Independent signs: the probe of least variance among those with E[xi xi^T] = I and independent elements."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, signs)
+
+
+def gaussian(key: PRNGKey, like: Like) -> State:
+    """Independent standard normal elements."""
+    return normal_like(key, like)
+
+
+class Hutchinson(AbstractDivergence):
+    """The mean of xi^T (dv/dx) xi over k probes, drawn once and kept for the whole solve.
+
+    **Arguments:** `num_probes`: k >= 1; `distribution`: `rademacher` or `gaussian`, a callable (key, like).
+
+    Source: Hutchinson (1989); Grathwohl et al. (2018), arXiv 1810.01367.
+    """
+
+    num_probes: int = 1
+    distribution: Callable[[PRNGKey, Like], State] = rademacher
+    random: ClassVar[bool] = True
+
+    def __check_init__(self):
+        if isinstance(self.num_probes, bool) or not isinstance(self.num_probes, int) or self.num_probes < 1:
+            raise ValueError(f"Hutchinson got num_probes = {self.num_probes!r}, but wants an integer of at least 1.")
+
+    def probes(self, like: Like, key: PRNGKey | None) -> PyTree:
+        key = check_key(key, "the Hutchinson divergence")
+        return jax.vmap(lambda k: self.distribution(k, like))(jax.random.split(key, self.num_probes))
+
+    def apply(self, field: Callable[[State], State], x: State, probes: PyTree) -> tuple[State, Scalar]:
+        value, derivative = jax.linearize(field, x)
+        return value, jnp.mean(jax.vmap(lambda probe: tree_dot(probe, derivative(probe)))(probes))

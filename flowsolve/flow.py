@@ -1,0 +1,233 @@
+r"""A flow: a network, the path it lives on, and what it predicts.
+
+On $x_t = \alpha x_0 + \sigma\epsilon$ one network evaluation gives every quantity of the field,
+
+- denoised $= E[x_0 | x_t]$, noise $= E[\epsilon | x_t]$,
+- velocity $= \alpha' E[x_0|x_t] + \sigma' E[\epsilon|x_t]$, score $= -E[\epsilon|x_t]/\sigma$,
+
+each by one `convert` of the prediction. Everything takes ONE example: `network(t, x, args, *, key=None)` with `t`
+a float32 scalar (float64 under x64), `x` a pytree of arrays and `args` any pytree; batch with `jax.vmap`.
+"""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ._checks import check_state, describe
+from ._numerics import as_scalar, linear_combination
+from ._types import Args, Network, PRNGKey, Scalar, ScalarLike, State
+from .paths import AbstractPath
+from .preconditioning import AbstractPreconditioner
+from .predictions import (
+    AbstractPrediction,
+    Data,
+    Noise,
+    Score,
+    Triple,
+    Velocity,
+    combine,
+    conversion_weights,
+    convert,
+)
+
+__all__ = ["AbstractFlow", "Flow", "OnPath", "TimeReversed"]
+
+
+class AbstractFlow(eqx.Module):
+    """Anything that predicts one quantity on a path: a network, a guided network, an exact oracle."""
+
+    path: eqx.AbstractVar[AbstractPath]
+    prediction: eqx.AbstractVar[AbstractPrediction]
+
+    @abc.abstractmethod
+    def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        """The value of `self.prediction` at (t, x), of the structure of `x`."""
+
+    def predict(
+        self,
+        prediction: AbstractPrediction,
+        t: ScalarLike,
+        x: State,
+        args: Args = None,
+        *,
+        key: PRNGKey | None = None,
+    ) -> State:
+        """Any prediction at (t, x), converted from the flow's own; raises as `convert` does."""
+        t = as_scalar(t)
+        return convert(self.path, t, x, self.output(t, x, args, key=key), self.prediction, prediction)
+
+    def velocity(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        """dx_t/dt of the probability flow: alpha' E[x_0|x_t] + sigma' E[eps|x_t]."""
+        return self.predict(Velocity(), t, x, args, key=key)
+
+    def score(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        """grad ln p_t(x) = -E[eps|x_t]/sigma."""
+        return self.predict(Score(), t, x, args, key=key)
+
+    def denoised(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        """The posterior mean of the data, E[x_0|x_t]."""
+        return self.predict(Data(), t, x, args, key=key)
+
+    def noise(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        """The posterior mean of the noise, E[eps|x_t]."""
+        return self.predict(Noise(), t, x, args, key=key)
+
+    def mixture_weights(self, t: Scalar, target: Triple) -> Triple:
+        """The weights with which `combine` turns (x_t, output) into (a x_0 + b eps)/c, target = (a, b, c).
+
+        For solvers and dynamics, which want one particular mixture of data and noise at each time.
+        """
+        return conversion_weights(self.path, t, self.prediction.coefficients(self.path, t), target)
+
+    def mixture(self, target: Triple, t: Scalar, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        """(a E[x_0|x_t] + b E[eps|x_t])/c for target = (a, b, c), from one network evaluation."""
+        return combine(self.mixture_weights(t, target), x, self.output(t, x, args, key=key))
+
+
+class Flow(AbstractFlow):
+    """A network on a path.
+
+    **Arguments:**
+
+    - `network`: `network(t, x, args, *, key=None)`, one example in, its structure, shapes and dtypes out;
+    - `path`: the Gaussian path it was or will be trained on;
+    - `prediction`: what the network predicts. With a preconditioner: what the preconditioned network predicts;
+    - `preconditioner`: None, or for instance `EDMPreconditioner(data_std)`.
+
+    **Raises:** `ValueError` if the network's output is not shaped as its input (when it is first called), or if
+    the preconditioner predicts something else than `prediction`.
+    """
+
+    network: Network
+    path: AbstractPath
+    prediction: AbstractPrediction
+    preconditioner: AbstractPreconditioner | None = None
+
+    def __check_init__(self):
+        if not callable(self.network):
+            raise TypeError(
+                f"Flow got a network of type {type(self.network).__name__}, but wants a callable "
+                "network(t, x, args, *, key=None)."
+            )
+        if not isinstance(self.path, AbstractPath) or not isinstance(self.prediction, AbstractPrediction):
+            raise TypeError(
+                f"Flow got path {type(self.path).__name__} and prediction {type(self.prediction).__name__}, but "
+                "wants instances in the order Flow(network, path, prediction), e.g. paths.Linear(), "
+                "predictions.Velocity()."
+            )
+        if self.preconditioner is not None and self.preconditioner.prediction != self.prediction:
+            raise ValueError(
+                f"Flow got prediction {type(self.prediction).__name__} with a preconditioner that predicts "
+                f"{type(self.preconditioner.prediction).__name__}: pass predictions."
+                f"{type(self.preconditioner.prediction).__name__}() to Flow."
+            )
+
+    def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        check_state(x, "x")
+        t = as_scalar(t)
+        if self.preconditioner is None:
+            output = self.network(t, x, args, key=key)
+        else:
+            output = self.preconditioner.apply(self.network, self.path, t, x, args, key=key)
+        _check_output(output, x)
+        return output
+
+
+def _check_output(output: State, x: State) -> None:
+    """Raise unless a network's output has the structure, shapes and dtypes of its input."""
+    same = jax.tree.structure(output) == jax.tree.structure(x) and all(
+        hasattr(o, "shape") and o.shape == i.shape and o.dtype == i.dtype
+        for o, i in zip(jax.tree.leaves(output), jax.tree.leaves(x), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"The network returned {describe(output)} for one example x of {describe(x)}, but wants the same "
+            "structure, shapes and dtypes: a network sees one example without a batch axis, and one that computes "
+            "in another dtype casts its output back."
+        )
+
+
+class TimeReversed(eqx.Module):
+    """A network trained the other way round in time (noise at 0, data at 1), turned to this library's time.
+
+    With t' = t_data + t_noise - t it is network(t', x), with its sign flipped where it predicts a derivative in
+    time (`Velocity`): dx/dt' = -dx/dt. Wrapping twice gives the original back.
+
+    **Arguments:** `network`: the network in its own time; `path`: the path in this library's time, whose ends are
+    exchanged; `prediction`: what the network predicts, in its own time.
+    """
+
+    network: Network
+    path: AbstractPath
+    prediction: AbstractPrediction
+
+    def __call__(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        """The prediction at (t, x), one example."""
+        reversed_t = (as_scalar(self.path.t_data) + as_scalar(self.path.t_noise)) - as_scalar(t)
+        output = self.network(reversed_t, x, args, key=key)
+        return linear_combination((self.prediction.time_reversal_sign,), (output,))
+
+
+class OnPath(AbstractFlow):
+    """A flow moved to another Gaussian path after training.
+
+    Paths differ only in the scale and the clock of the same family of marginals. At the time tau where the trained
+    path A has the proportion alpha : sigma of the new path B at t,
+
+        x_A = x_B (alpha_A(tau) + sigma_A(tau)) / (alpha_B(t) + sigma_B(t)),
+
+    and E[x_0|x_t], E[eps|x_t] are those of A at (tau, x_A). The network is called inside the range of noise
+    levels it was trained on: the new path's ends are drawn in to that range.
+
+    **Arguments:** `flow`: the trained flow; `path`: the path to move to.
+    """
+
+    flow: AbstractFlow
+    path: AbstractPath
+    prediction: AbstractPrediction
+
+    def __init__(self, flow: AbstractFlow, path: AbstractPath):
+        self.flow = flow
+        self.prediction = flow.prediction
+        ends = (
+            _end_within(path, path.t_data, flow.path, flow.path.t_data, sign=-1),
+            _end_within(path, path.t_noise, flow.path, flow.path.t_noise, sign=1),
+        )
+        self.path = eqx.tree_at(lambda p: (p.t_data, p.t_noise), path, ends)
+
+    def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        t = as_scalar(t)
+        trained = self.flow.path
+        alpha_b, sigma_b = self.path.coefficients(t)
+        tau = trained.time_at(alpha_b, sigma_b)
+        # Rounding must not carry tau past the ends that the network knows.
+        tau = jnp.clip(tau, as_scalar(trained.t_data), as_scalar(trained.t_noise))
+        alpha_a, sigma_a = trained.coefficients(tau)
+        x_a = linear_combination(((alpha_a + sigma_a) / (alpha_b + sigma_b),), (x,))
+        return self.flow.mixture(self.prediction.coefficients(self.path, t), tau, x_a, args, key=key)
+
+
+def _end_within(
+    path: AbstractPath, end: ScalarLike, trained: AbstractPath, trained_end: ScalarLike, *, sign: int
+) -> ScalarLike:
+    """`end` of `path`, drawn in to the noise level of `trained_end` if it lies beyond that.
+
+    Beyond means more noise for sign = 1 and less for sign = -1.
+    """
+    alpha_trained, sigma_trained = trained.coefficients(as_scalar(trained_end))
+
+    def is_beyond(t: Scalar) -> bool:
+        alpha, sigma = path.coefficients(t)
+        return sign * float(sigma * alpha_trained - sigma_trained * alpha) > 0
+
+    if not is_beyond(as_scalar(end)):
+        return end
+    drawn_in = path.time_at(alpha_trained, sigma_trained)
+    # A time is rounded, and an ulp of it may be much of alpha or sigma: round it inwards.
+    for _ in range(32):
+        if not is_beyond(drawn_in):
+            break
+        drawn_in = jnp.nextafter(drawn_in, -sign * jnp.full_like(drawn_in, jnp.inf))
+    return float(drawn_in)

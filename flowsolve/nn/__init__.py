@@ -1,0 +1,10 @@
+"""Networks for small problems, and the embeddings that larger ones need.
+
+Every network here has the signature of the library, `network(t, x, args, *, key=None)` for ONE example; batch it with
+`jax.vmap`. Nothing else in flowsolve depends on them: any callable of that signature is a network.
+"""
+
+from .embeddings import FourierEmbedding, LabelEmbedding, SinusoidalEmbedding
+from .mlp import ResidualMLP
+
+__all__ = ["FourierEmbedding", "LabelEmbedding", "ResidualMLP", "SinusoidalEmbedding"]

@@ -1,0 +1,214 @@
+r"""From noise to data and back: one solve, a batch of samples, the encoding of data.
+
+All three integrate a flow's dynamics (see `dynamics`) with any Diffrax solver or one of `solvers`, on a fixed grid or
+with an adaptive controller. Times are path times: sampling runs from `t_noise` down to `t_data`, encoding up again.
+
+Swap per call: the same flow with another `solver`, `grid`, `controller` or `dynamics`; nothing is rebuilt. Left open,
+the solver is `diffrax.Ralston()` on `grids.Power(32, 3.0)`, 64 network evaluations: the best pair over four paths in
+`tests/benchmarks/default_solver.py`, and one that never evaluates the network at the data end itself.
+"""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree
+
+from ._checks import check_key, check_state, describe
+from ._integrate import Settings, check_network, integrate, noise_path, raise_on_failure, settle
+from ._numerics import linear_combination, normal_like
+from ._types import Args, Like, PRNGKey, ScalarLike, State
+from .dynamics import AbstractDynamics
+from .flow import AbstractFlow
+from .grids import AbstractGrid
+
+__all__ = ["encode", "sample", "solve"]
+
+
+def solve(
+    flow: AbstractFlow,
+    x_start: State,
+    args: Args = None,
+    *,
+    solver: diffrax.AbstractSolver | None = None,
+    grid: AbstractGrid | None = None,
+    controller: diffrax.AbstractStepSizeController | None = None,
+    dynamics: AbstractDynamics | None = None,
+    key: PRNGKey | None = None,
+    t_start: ScalarLike | None = None,
+    t_end: ScalarLike | None = None,
+    saveat: diffrax.SaveAt | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    max_steps: int | None = 4096,
+    progress_meter: diffrax.AbstractProgressMeter | None = None,
+    throw: bool = True,
+) -> diffrax.Solution:
+    """Carry ONE example from noise to data; batch with `jax.vmap`.
+
+    **Arguments:**
+
+    - `flow`: any flow; `x_start`: one example at `t_start`; `args`: its label, mask or context;
+    - `solver`: any explicit Diffrax solver or one of `solvers`; `diffrax.Ralston()` by default;
+    - `grid`: fixed steps, `grids.Power(32, 3.0)` by default; or `controller`: adaptive ones, e.g.
+      `diffrax.PIDController(rtol=1e-4, atol=1e-4)`;
+    - `dynamics`: `dynamics.ProbabilityFlow()` by default, or `dynamics.ReverseSDE(eta)`, which needs `key`;
+    - `t_start`, `t_end`: path times, `t_noise` and `t_data` by default;
+    - `saveat` (in path time), `adjoint`, `max_steps` (of an adaptive solve), `progress_meter`: as in
+      `diffrax.diffeqsolve`;
+    - `throw`: whether a numerical failure raises; if not, it is in the solution's `result`.
+
+    **Returns:** a `diffrax.Solution` in path time: `ts`, `ys` (a leading axis of saved times), `result`, and `stats`
+    with "nfe", the number of network evaluations (None for a solver from elsewhere that does not state it).
+
+    **Raises:** `ValueError`, `TypeError` for a request that makes no sense; `RuntimeError` for a failed solve.
+    """
+    check_state(x_start, "x_start")
+    settings = settle(
+        flow, solver=solver, grid=grid, controller=controller, dynamics=dynamics, t_start=t_start, t_end=t_end
+    )
+    if settings.dynamics.stochastic:
+        key = check_key(key, f"solving a stochastic equation with {type(settings.solver).__name__}")
+    check_network(flow, x_start, args)
+    sol = _solve(flow, x_start, args, settings, key, saveat, adjoint, max_steps, progress_meter)
+    return raise_on_failure(sol, sol) if throw else sol
+
+
+def encode(
+    flow: AbstractFlow,
+    x_data: State,
+    args: Args = None,
+    *,
+    solver: diffrax.AbstractSolver | None = None,
+    grid: AbstractGrid | None = None,
+    controller: diffrax.AbstractStepSizeController | None = None,
+    t_start: ScalarLike | None = None,
+    t_end: ScalarLike | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    max_steps: int | None = 4096,
+    throw: bool = True,
+) -> State:
+    """Carry ONE example from data to noise along the probability flow; `solve` brings it back.
+
+    **Arguments:** as in `solve`, with `t_start` < `t_end`: `t_data` and `t_noise` by default.
+
+    **Returns:** the noise-end state, of the structure of `x_data`.
+    """
+    check_state(x_data, "x_data")
+    settings = settle(
+        flow,
+        solver=solver,
+        grid=grid,
+        controller=controller,
+        dynamics=None,
+        t_start=t_start,
+        t_end=t_end,
+        encode=True,
+    )
+    check_network(flow, x_data, args)
+    sol = _solve(flow, x_data, args, settings, None, None, adjoint, max_steps, None)
+    return _last(raise_on_failure(sol, sol) if throw else sol)
+
+
+def sample(
+    flow: AbstractFlow,
+    like: Like,
+    *,
+    num: int,
+    key: PRNGKey,
+    args: Args = None,
+    solver: diffrax.AbstractSolver | None = None,
+    grid: AbstractGrid | None = None,
+    controller: diffrax.AbstractStepSizeController | None = None,
+    dynamics: AbstractDynamics | None = None,
+    t_start: ScalarLike | None = None,
+    t_end: ScalarLike | None = None,
+    data_mean: ScalarLike = 0.0,
+    data_std: ScalarLike = 0.0,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    max_steps: int | None = 4096,
+    progress_meter: diffrax.AbstractProgressMeter | None = None,
+    throw: bool = True,
+) -> State:
+    """Draw `num` samples of a flow, each independent of the others and of `num`.
+
+    Example i starts from the path's prior, N(0, sigma(t_start)^2), with noise from `jax.random.fold_in(key, i)` alone.
+
+    **Arguments:**
+
+    - `like`: ONE example's shape and dtype: an array or `jax.ShapeDtypeStruct`, or a pytree of them;
+    - `num`: how many; `key`: a typed key; `args`: labels or context with a leading axis of length `num`, or None;
+    - `solver`, `grid`, `controller`, `dynamics`, `t_start`, `t_end`, `adjoint`, `max_steps`, `progress_meter`, `throw`:
+      as in `solve`;
+    - `data_mean`, `data_std`: moments of the data's elements, for a start below `t_noise`: the start is then
+      N(alpha m, sigma^2 + alpha^2 s^2).
+
+    **Returns:** the samples, like `like` with a leading axis of length `num`.
+    """
+    check_state(like, "like")
+    key = check_key(key, "sampling")
+    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
+        raise ValueError(f"num is {num!r}, but wants the number of samples, an integer of at least 1.")
+    _check_batch(args, num)
+    settings = settle(
+        flow, solver=solver, grid=grid, controller=controller, dynamics=dynamics, t_start=t_start, t_end=t_end
+    )
+    moments = flow.path.start(settings.t_start, data_mean=data_mean, data_std=data_std)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+    check_network(flow, like, jax.tree.map(lambda leaf: leaf[0] if eqx.is_array_like(leaf) else leaf, args))
+    sol = _sample(flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter)
+    return _last(raise_on_failure(sol, sol) if throw else sol, axis=1)
+
+
+@eqx.filter_jit
+def _sample(flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter) -> diffrax.Solution:
+    mean, std = moments
+
+    def one(index: Int[Array, ""], args: Args) -> diffrax.Solution:
+        start_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
+        noise = normal_like(start_key, like)
+        x_start = jax.tree.map(lambda leaf: leaf + mean.astype(leaf.dtype), linear_combination((std,), (noise,)))
+        return _solve(flow, x_start, args, settings, noise_key, None, adjoint, max_steps, progress_meter)
+
+    return eqx.filter_vmap(one, in_axes=(0, eqx.if_array(0)))(jnp.arange(num), args)
+
+
+@eqx.filter_jit
+def _solve(
+    flow: AbstractFlow,
+    x_start: State,
+    args: Args,
+    settings: Settings,
+    key: PRNGKey | None,
+    saveat: diffrax.SaveAt | None,
+    adjoint: diffrax.AbstractAdjoint | None,
+    max_steps: int | None,
+    progress_meter: diffrax.AbstractProgressMeter | None,
+) -> diffrax.Solution:
+    brownian = None
+    if settings.dynamics.stochastic:
+        assert key is not None
+        brownian = noise_path(settings, x_start, key)
+    return integrate(
+        settings.dynamics.terms(flow, brownian),
+        settings,
+        x_start,
+        args,
+        saveat=saveat,
+        adjoint=adjoint,
+        max_steps=max_steps,
+        progress_meter=progress_meter,
+    )
+
+
+def _last(sol: diffrax.Solution, axis: int = 0) -> State:
+    """The one saved state of a solution, behind `axis` batch axes."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, -1, axis=axis), sol.ys)
+
+
+def _check_batch(args: PyTree, num: int) -> None:
+    for leaf in jax.tree.leaves(eqx.filter(args, eqx.is_array_like)):
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num:
+            raise ValueError(
+                f"args holds {describe(leaf)} for num = {num} samples, but wants a leading axis of length {num}: one "
+                "entry an example (repeat what they share)."
+            )

@@ -1,0 +1,331 @@
+r"""Training-time distributions: which times t a loss is evaluated at.
+
+Data lives at small t, noise at large t. A distribution is its quantile function on a path,
+
+$$t = Q(u), \qquad u \sim U(0, 1)$$
+
+increasing in u, so that independent times and stratified ones ($u_i = (i + U_i)/B$, permuted) are
+the same mechanism with other numbers u. Two coordinates are used:
+
+- the place $s = (t - t_\mathrm{data})/(t_\mathrm{noise} - t_\mathrm{data})$ between the path's
+  ends;
+- the noise level $\ln(\sigma/\alpha)$, which is minus half the log-SNR.
+
+`t_min` and `t_max` bound a distribution: it is conditioned on $t \in [t_\mathrm{min},
+t_\mathrm{max}]$ (its quantile function is cut by its CDF). None means the path's own end.
+
+The time shift $s' = k s/(1 + (k - 1) s)$ is written once, here, for training times (`Shifted`) and
+for inference grids (`flowsolve.grids.Shifted`). All parameters are arrays: a new value does not
+retrace.
+"""
+
+import abc
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._checks import check, check_key, is_concrete
+from ._numerics import as_scalar
+from ._types import PRNGKey, Scalar, ScalarLike
+from .paths import AbstractPath
+
+__all__ = [
+    "AbstractBoundedTimes",
+    "AbstractTimes",
+    "LogNormal",
+    "LogSNRUniform",
+    "LogitNormal",
+    "Shifted",
+    "Stratified",
+    "UShaped",
+    "Uniform",
+    "resolution_shift",
+    "shift_on_path",
+    "shift_time",
+]
+
+
+def shift_time(s: ScalarLike, shift: ScalarLike) -> Scalar:
+    """The time shift k s/(1 + (k - 1) s) on [0, 1]; k > 1 moves times toward the noise.
+
+    On `Linear` it multiplies sigma/alpha by k. It keeps 0 and 1, and `shift_time(., 1/k)` undoes
+    it.
+
+    **Arguments:** `s`: the place between data (0) and noise (1); `shift`: k > 0.
+
+    **Returns:** the shifted place, a scalar.
+
+    Source: Esser et al. (2024), arXiv 2403.03206.
+    """
+    s, shift = as_scalar(s), as_scalar(shift)
+    # 1 + (k - 1) s in the form that is exact at s = 1 and does not cancel for k < 1.
+    return shift * s / ((1 - s) + shift * s)
+
+
+def shift_on_path(path: AbstractPath, t: ScalarLike, shift: ScalarLike) -> Scalar:
+    """`shift_time` of a time of `path`, whose ends stand for 0 and 1."""
+    return _time_of(path, shift_time(_place_of(path, as_scalar(t)), shift))
+
+
+def resolution_shift(dim: int, base: int = 4096) -> float:
+    """The shift k = sqrt(dim/base) for examples of `dim` elements, 1 at `base` elements.
+
+    Source: Esser et al. (2024), arXiv 2403.03206.
+    """
+    if not (dim > 0 and base > 0):
+        raise ValueError(f"resolution_shift got dim = {dim} and base = {base}, but wants both positive.")
+    return math.sqrt(dim / base)
+
+
+class AbstractTimes(eqx.Module):
+    """A distribution of training times, given by its quantile function."""
+
+    @abc.abstractmethod
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        """The time with probability u below it: increasing in u, finite on the closed [0, 1]."""
+
+    @abc.abstractmethod
+    def levels(self, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
+        """The numbers u in (0, 1) of a batch, each uniform; how they depend on each other is the point."""
+
+    def sample(self, path: AbstractPath, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
+        """The times of a batch of `num` examples, float32 (float64 under x64).
+
+        **Arguments:** `path`: the path; `key`: one typed key; `num`: the size of the batch, static.
+
+        **Raises:** `ValueError` or `TypeError` for a missing or wrong key, and for bounds outside
+        the path.
+        """
+        key = check_key(key, "a draw of training times")
+        return jax.vmap(lambda u: self.quantile(path, u))(self.levels(key, num))
+
+
+class AbstractBoundedTimes(AbstractTimes):
+    """Times drawn independently, between bounds: time i of a batch depends on key and i alone."""
+
+    t_min: eqx.AbstractVar[Scalar | None]
+    t_max: eqx.AbstractVar[Scalar | None]
+
+    def levels(self, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
+        """Independent uniform numbers; the first m of num are those of a batch of m."""
+        return _independent(key, num)
+
+    def bounds(self, path: AbstractPath) -> tuple[Scalar, Scalar]:
+        """(t_min, t_max), with the path's ends where they are None."""
+        low = as_scalar(path.t_data if self.t_min is None else self.t_min)
+        high = as_scalar(path.t_noise if self.t_max is None else self.t_max)
+        if self.t_min is None and self.t_max is None:
+            return low, high
+        ordered = (as_scalar(path.t_data) <= low) & (low < high) & (high <= as_scalar(path.t_noise))
+        return check(
+            (low, high),
+            ~ordered,
+            f"{type(self).__name__} got bounds that are not t_data <= t_min < t_max <= t_noise on "
+            f"{type(path).__name__}: choose them between the path's ends.",
+        )
+
+
+def _independent(key: PRNGKey, num: int) -> Float[Array, " {num}"]:
+    def draw(i: Array) -> Scalar:
+        u = jax.random.uniform(jax.random.fold_in(key, i), dtype=float)
+        # From the multiples of eps in [0, 1) to the midpoints between them: never 0, never 1.
+        return u + 0.5 * jnp.finfo(u.dtype).eps
+
+    return jax.vmap(draw)(jnp.arange(num))
+
+
+def _optional_scalar(value: ScalarLike | None) -> Scalar | None:
+    return None if value is None else as_scalar(value)
+
+
+def _check_positive(owner: eqx.Module, name: str, value: Scalar) -> None:
+    # A traced value is taken as it is: there is no result here that a run-time check could guard.
+    if is_concrete(value) and not (value > 0 and jnp.isfinite(value)):
+        raise ValueError(f"{type(owner).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
+
+
+def _between(low: Scalar, high: Scalar, fraction: Scalar) -> Scalar:
+    """From `low` at 0 to `high` at 1, exact at both."""
+    return low * (1 - fraction) + high * fraction
+
+
+def _place_of(path: AbstractPath, t: Scalar) -> Scalar:
+    t_data, t_noise = as_scalar(path.t_data), as_scalar(path.t_noise)
+    return (t - t_data) / (t_noise - t_data)
+
+
+def _time_of(path: AbstractPath, place: Scalar) -> Scalar:
+    return _between(as_scalar(path.t_data), as_scalar(path.t_noise), place)
+
+
+def _standardised(bound: Scalar, mean: Scalar, std: Scalar) -> Scalar:
+    # An infinite bound stays as it is, without a derivative of inf * 0.
+    infinite = jnp.isinf(bound)
+    return jnp.where(infinite, bound, (jnp.where(infinite, 0, bound) - mean) / std)
+
+
+def _normal_quantile(u: Scalar, mean: Scalar, std: Scalar, lower: Scalar, upper: Scalar) -> Scalar:
+    """The u-quantile of N(mean, std^2) conditioned on [lower, upper], either of them infinite."""
+    lower, upper = _standardised(lower, mean, std), _standardised(upper, mean, std)
+    # Mirrored into the tail where the CDF is small: there float32 keeps its relative precision.
+    mirrored = upper > -lower
+    low, high = jnp.where(mirrored, -upper, lower), jnp.where(mirrored, -lower, upper)
+    below, above = jax.scipy.stats.norm.cdf(low), jax.scipy.stats.norm.cdf(high)
+    z = jax.scipy.special.ndtri(_between(below, above, jnp.where(mirrored, 1 - u, u)))
+    # Bounds so far out that no mass is left in float32: all of it is at the nearer one.
+    z = jnp.where(above > below, jnp.clip(z, low, high), high)
+    return mean + std * jnp.where(mirrored, -z, z)
+
+
+class Uniform(AbstractBoundedTimes):
+    """Uniform in t between the bounds.
+
+    **Arguments:** `t_min`, `t_max`: bounds, None for the path's ends.
+    """
+
+    t_min: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        return _between(*self.bounds(path), as_scalar(u))
+
+
+class LogitNormal(AbstractBoundedTimes):
+    """Logit-normal: the place s between the path's ends is sigmoid(mean + std n), n ~ N(0, 1).
+
+    s is mapped to t affinely from [0, 1] to [t_data, t_noise], on any path. A positive mean favours
+    noise. With the opposite convention of time the same law has mean -mean.
+
+    **Arguments:** `mean`, `std`: of logit(s); `t_min`, `t_max`: bounds, None for the path's ends.
+
+    Source: Esser et al. (2024), arXiv 2403.03206.
+    """
+
+    mean: Scalar = eqx.field(default=0.0, converter=as_scalar)
+    std: Scalar = eqx.field(default=1.0, converter=as_scalar)
+    t_min: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+
+    def __check_init__(self):
+        _check_positive(self, "std", self.std)
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        low, high = self.bounds(path)
+        logit_low, logit_high = (jax.scipy.special.logit(_place_of(path, t)) for t in (low, high))
+        logit = _normal_quantile(as_scalar(u), self.mean, self.std, logit_low, logit_high)
+        return jnp.clip(_time_of(path, jax.nn.sigmoid(logit)), low, high)
+
+
+class LogNormal(AbstractBoundedTimes):
+    """EDM's distribution: ln(sigma/alpha) ~ N(mean, std^2), on any path.
+
+    It is cut by its CDF at the bounds, or at the path's ends: on `EDM` those hold 1 - 2e-5 of it.
+
+    **Arguments:** `mean`, `std`: of ln(sigma/alpha); `t_min`, `t_max`: bounds, None for the path's
+    ends.
+
+    Source: Karras et al. (2022), arXiv 2206.00364, which does not cut.
+    """
+
+    mean: Scalar = eqx.field(default=-1.2, converter=as_scalar)
+    std: Scalar = eqx.field(default=1.2, converter=as_scalar)
+    t_min: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+
+    def __check_init__(self):
+        _check_positive(self, "std", self.std)
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        low, high = self.bounds(path)
+        noise_low, noise_high = (-0.5 * path.log_snr(t) for t in (low, high))
+        noise_level = _normal_quantile(as_scalar(u), self.mean, self.std, noise_low, noise_high)
+        return jnp.clip(path.inverse_log_snr(-2 * noise_level), low, high)
+
+
+class UShaped(AbstractBoundedTimes):
+    """U-shaped: the place between the path's ends is s = sin^2(pi u/2), of density 1/(pi sqrt(s(1 - s))).
+
+    **Arguments:** `t_min`, `t_max`: bounds, None for the path's ends.
+    """
+
+    t_min: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        low, high = self.bounds(path)
+        angle_low, angle_high = (jnp.arcsin(jnp.sqrt(_place_of(path, t))) for t in (low, high))
+        place = jnp.sin(_between(angle_low, angle_high, as_scalar(u))) ** 2
+        return jnp.clip(_time_of(path, place), low, high)
+
+
+class LogSNRUniform(AbstractBoundedTimes):
+    """Uniform in log-SNR between the bounds.
+
+    **Arguments:** `t_min`, `t_max`: bounds, None for the path's ends; the log-SNR must be finite at
+    both, so on `Linear` and `Trigonometric` both are needed.
+
+    **Raises:** `ValueError` where the log-SNR is infinite at a bound.
+    """
+
+    t_min: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        low, high = self.bounds(path)
+        at_low, at_high = path.log_snr(low), path.log_snr(high)
+        at_low = check(
+            at_low,
+            ~(jnp.isfinite(at_low) & jnp.isfinite(at_high)),
+            f"LogSNRUniform got an infinite log-SNR at an end of {type(path).__name__}: "
+            "pass t_min and t_max inside the path, e.g. LogSNRUniform(t_min=1e-3, t_max=0.999).",
+        )
+        return jnp.clip(path.inverse_log_snr(_between(at_low, at_high, as_scalar(u))), low, high)
+
+
+class Shifted(AbstractTimes):
+    """Another distribution, its times shifted by s' = k s/(1 + (k - 1) s) between the path's ends.
+
+    Bounds belong to the distribution inside and are shifted with it.
+
+    **Arguments:** `times`: the distribution; `shift`: k > 0, for instance `resolution_shift(dim)`.
+
+    Source: Esser et al. (2024), arXiv 2403.03206.
+    """
+
+    times: AbstractTimes
+    shift: Scalar = eqx.field(converter=as_scalar)
+
+    def __check_init__(self):
+        _check_positive(self, "shift", self.shift)
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        return shift_on_path(path, self.times.quantile(path, u), self.shift)
+
+    def levels(self, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
+        return self.times.levels(key, num)
+
+
+class Stratified(AbstractTimes):
+    """Another distribution, one time in each of the batch's num strata of equal probability, permuted.
+
+    u_i = (pi(i) + U_i)/num with a random permutation pi: each time has the distribution inside, and
+    the mean over a batch varies less. Stratification belongs to a batch: here time i depends on the
+    batch's size.
+
+    **Arguments:** `times`: the distribution.
+    """
+
+    times: AbstractTimes
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        return self.times.quantile(path, u)
+
+    def levels(self, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
+        key_order, key_within = jax.random.split(key)
+        within = _independent(key_within, num)
+        order = jax.random.permutation(key_order, num).astype(within.dtype)
+        # The last stratum must not round up to 1.
+        return jnp.minimum((order + within) / num, 1 - 0.5 * jnp.finfo(within.dtype).eps)

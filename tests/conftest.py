@@ -1,0 +1,30 @@
+"""Strictness for every test: no silent promotion, no silent broadcasting between ranks.
+
+Warnings are errors, and jaxtyping with beartype checks every annotation of `flowsolve`: both are
+set in pyproject.toml, so that they also hold in the workers of pytest-xdist. Diffrax runs under
+these settings as it is: where its own code promotes, it says so locally.
+"""
+
+import os
+
+# Before JAX starts. The tolerances are those of float32 on a CPU, so that is where tests run unless
+# told otherwise: `JAX_PLATFORMS=cuda pytest -n 0`.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Several devices on one CPU, to compare sharded and unsharded results in the same process.
+jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture
+def x64():
+    """float64 within one test, for the arrays that are made in it.
+
+    Module-level arrays and those of wider fixtures stay float32.
+    """
+    with jax.enable_x64(True):
+        yield

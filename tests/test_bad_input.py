@@ -1,0 +1,193 @@
+"""Bad input gets one clear sentence: what was given, what was wanted, what to do."""
+
+import json
+import re
+import subprocess
+import sys
+import traceback
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flowsolve as fs
+
+KEY = jax.random.key(0)
+LIKE = jax.ShapeDtypeStruct((2,), jnp.float32)
+X = jnp.ones(2)
+
+
+def network(t, x, args, *, key=None):
+    return -x
+
+
+FLOW = fs.Flow(network, fs.paths.Linear(), fs.predictions.Velocity())
+PID = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+SDE = fs.dynamics.ReverseSDE(1.0)
+
+
+def flow(output=network, path=None, prediction=None):
+    return fs.Flow(output, path or fs.paths.Linear(), prediction or fs.predictions.Velocity())
+
+
+def sample(**settings):
+    return fs.sample(FLOW, LIKE, **{"num": 2, "key": KEY, **settings})
+
+
+def solve(**settings):
+    return fs.solve(FLOW, X, **settings)
+
+
+CASES = {
+    "output_shape": (lambda: fs.solve(flow(lambda t, x, a, *, key=None: x[:1]), X), ValueError, r"float32\[1\].*batch axis"),
+    "output_dtype": (
+        lambda: fs.solve(flow(lambda t, x, a, *, key=None: x.astype(jnp.bfloat16)), X),
+        ValueError,
+        "bfloat16.*casts its output back",
+    ),
+    "integer_x": (lambda: fs.solve(FLOW, jnp.ones(2, int)), TypeError, "x_start has dtype int32.*floating point"),
+    "integer_like": (lambda: sample_like(jax.ShapeDtypeStruct((2,), jnp.int32)), TypeError, "like has dtype int32"),
+    "python_like": (lambda: sample_like((2, 3)), TypeError, "like holds a int"),
+    "t_start_outside": (lambda: solve(t_start=1.5), ValueError, "t_start is 1.5, outside Linear.*0 to t_noise = 1"),
+    "t_end_outside": (lambda: solve(t_end=-0.1), ValueError, "t_end is -0.1, outside Linear"),
+    "t_end_outside_vp": (
+        lambda: fs.solve(flow(path=fs.paths.VP()), X, t_end=1e-5),
+        ValueError,
+        "t_end is 1e-05, outside VP, which runs from t_data = 0.0001",
+    ),
+    "wrong_way": (lambda: solve(t_start=0.2, t_end=0.8), ValueError, "from t = 0.2 to t = 0.8.*must fall"),
+    "wrong_way_encode": (
+        lambda: fs.encode(FLOW, X, t_start=0.8, t_end=0.2),
+        ValueError,
+        "from t = 0.8 to t = 0.2.*must rise",
+    ),
+    "grid_unsorted": (lambda: solve(grid=fs.grids.Given([1.0, 0.2, 0.5])), ValueError, "Given"),
+    "grid_too_short": (lambda: solve(grid=fs.grids.Given([1.0])), ValueError, "Given"),
+    "grid_outside": (lambda: solve(grid=fs.grids.Given([1.2, 0.5, 0.0])), ValueError, "outside"),
+    "grid_no_steps": (lambda: fs.grids.Uniform(0), ValueError, "steps = 0.*at least 1"),
+    "grid_class": (lambda: solve(grid=fs.grids.Uniform), TypeError, "grid is the class Uniform"),
+    "grid_array": (lambda: solve(grid=jnp.linspace(1, 0, 5)), TypeError, "grid is a .*wants an instance"),
+    "solver_class": (lambda: solve(solver=diffrax.Tsit5), TypeError, "solver is the class Tsit5"),
+    "flow_is_network": (lambda: fs.solve(network, X), TypeError, "flow is a function.*Flow\\(network"),
+    "sde_without_key": (
+        lambda: solve(solver=diffrax.Euler(), dynamics=SDE, t_start=0.9),
+        ValueError,
+        "key is missing.*jax.random.key",
+    ),
+    "ancestral_without_key": (lambda: solve(solver=fs.solvers.DDIM(1.0)), ValueError, "key is missing"),
+    "old_key": (lambda: sample(key=jax.random.PRNGKey(0)), TypeError, "typed key"),
+    "no_error_estimate": (
+        lambda: solve(solver=diffrax.Euler(), controller=PID),
+        ValueError,
+        "Euler has no error estimate.*grid=",
+    ),
+    "no_error_estimate_ddim": (lambda: solve(solver=fs.solvers.DDIM(), controller=PID), ValueError, "DDIM has no error"),
+    "fixed_controller": (
+        lambda: solve(solver=diffrax.Tsit5(), controller=diffrax.ConstantStepSize()),
+        TypeError,
+        "pass grid=",
+    ),
+    "grid_and_controller": (
+        lambda: solve(solver=diffrax.Tsit5(), controller=PID, grid=fs.grids.Uniform(3)),
+        ValueError,
+        "Both grid and controller",
+    ),
+    "sde_solver_on_ode": (
+        lambda: solve(solver=diffrax.ShARK()),
+        ValueError,
+        "ShARK solves stochastic equations only.*ReverseSDE",
+    ),
+    "euler_heun_on_ode": (lambda: solve(solver=diffrax.EulerHeun()), ValueError, "EulerHeun solves stochastic"),
+    "ode_solver_on_sde": (
+        lambda: solve(solver=diffrax.Tsit5(), dynamics=SDE, key=KEY, t_start=0.9),
+        ValueError,
+        "Tsit5 does not converge for a stochastic equation",
+    ),
+    "split_solver": (lambda: solve(solver=diffrax.SemiImplicitEuler()), TypeError, "split or second-order"),
+    "singular_start": (
+        lambda: solve(solver=diffrax.Euler(), dynamics=SDE, key=KEY),
+        ValueError,
+        "At t_start = 1 on Linear.*drift of ReverseSDE is not finite",
+    ),
+    "singular_noise_start": (
+        lambda: fs.solve(flow(prediction=fs.predictions.Noise()), X, solver=fs.solvers.DDIM()),
+        ValueError,
+        "At t_start = 1 on Linear.*denoised data is not finite from a Noise prediction",
+    ),
+    "singular_data_end": (
+        lambda: fs.solve(
+            flow(prediction=fs.predictions.Data()), X, solver=diffrax.Heun(), grid=fs.grids.Uniform(3)
+        ),
+        ValueError,
+        "At t_end = 0 on Linear.*from a Data prediction: move t_end inside",
+    ),
+    "noise_level_twice": (
+        lambda: solve(solver=fs.solvers.DDIM(1.0), dynamics=SDE, key=KEY),
+        ValueError,
+        "noise level was given twice",
+    ),
+    "ddim_eta": (lambda: fs.solvers.DDIM(1.5), ValueError, r"outside \[0, 1\]"),
+    "ddim_eta_from_dynamics": (
+        lambda: solve(solver=fs.solvers.DDIM(), dynamics=fs.dynamics.ReverseSDE(2.0), key=KEY),
+        ValueError,
+        r"outside \[0, 1\]",
+    ),
+    "negative_eta": (lambda: fs.dynamics.ReverseSDE(-0.5), ValueError, "eta = -0.5.*eta >= 0"),
+    "num_zero": (lambda: sample(num=0), ValueError, "num is 0.*at least 1"),
+    "num_float": (lambda: sample(num=2.0), ValueError, "num is 2.0"),
+    "args_axis": (lambda: sample(args=jnp.arange(3)), ValueError, r"int32\[3\] for num = 2"),
+    "encode_sde": (lambda: fs.encode(FLOW, X, solver=fs.solvers.DDIM(1.0)), ValueError, "encode follows"),
+    "log_prob_ddim": (
+        lambda: fs.log_prob(FLOW, X, solver=fs.solvers.DDIM()),
+        ValueError,
+        "cannot carry its log-density",
+    ),
+    "hutchinson_without_key": (
+        lambda: fs.log_prob(FLOW, X, divergence=fs.divergence.Hutchinson()),
+        ValueError,
+        "key is missing",
+    ),
+    "hutchinson_probes": (lambda: fs.divergence.Hutchinson(0), ValueError, "num_probes = 0"),
+    "bin_width": (lambda: fs.bits_per_dim(jnp.ones(()), 2, bin_width=0.0), ValueError, "bin_width is 0.0"),
+    "foreign_terms": (
+        lambda: diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -y), fs.solvers.DDIM(), 0.0, 1.0, 0.1, jnp.ones(2)
+        ),
+        TypeError,
+        "DDIM got the terms of another equation",
+    ),
+}
+
+
+def sample_like(like):
+    return fs.sample(FLOW, like, num=2, key=KEY)
+
+
+def outcome(call):
+    """(type, message, file of the last frame) of what a call raises."""
+    try:
+        call()
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        return type(error).__name__, str(error), frames[-1].filename
+    return "nothing", "", ""
+
+
+@pytest.mark.quick
+def test_one_clear_sentence():
+    """As a user has it, in a process without the tests' own checks of every annotation."""
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True)
+    outcomes = json.loads(run.stdout.splitlines()[-1])
+    wrong = []
+    for name, (_, kind, message) in CASES.items():
+        got_kind, got_message, file = outcomes[name]
+        # No traceback into JAX's depths: the last frame is this library's.
+        fine = got_kind == kind.__name__ and re.search(message, got_message) and "flowsolve" in file
+        if not fine or len(got_message) > 450:
+            wrong.append((name, got_kind, got_message, file))
+    assert not wrong
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: outcome(call) for name, (call, _, _) in CASES.items()}))

@@ -1,0 +1,604 @@
+"""Regression losses against the papers' formulas and explicit loops, in numpy and float64."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from members import PATHS, PREDICTIONS, REFERENCES
+
+import flowsolve as fs
+from flowsolve import losses, paths, predictions, times
+from flowsolve.losses import Regression
+
+LINEAR, VP, EDM = paths.Linear(), paths.VP(), paths.EDM()
+KEY = jax.random.key(0)
+
+
+class Net(eqx.Module):
+    """A small network on a vector of 3: nonlinear in x, t and a label."""
+
+    matrix: jax.Array
+    bias: jax.Array
+
+    def __init__(self, key=None):
+        rng = np.random.default_rng(0)
+        self.matrix = jnp.asarray(rng.normal(size=(3, 3)) / 2, float)
+        self.bias = jnp.asarray(rng.normal(size=3), float)
+
+    def __call__(self, t, x, args, *, key=None):
+        shift = 0.0 if args is None else 0.3 * args.astype(x.dtype)
+        return jnp.tanh(self.matrix @ x + self.bias * jnp.sin(3 * t)) + shift
+
+
+def net64(net, t, x, label=0.0):
+    """The same in float64."""
+    matrix, bias = np.float64(net.matrix), np.float64(net.bias)
+    return np.tanh(matrix @ x + bias * np.sin(3 * t)) + 0.3 * label
+
+
+def batch(num=5):
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.normal(size=(num, 3)), float), jnp.asarray(rng.integers(0, 4, num))
+
+
+def known_noise(key, like):
+    """Not random: a numpy loop can repeat it."""
+    del key
+    return jax.tree.map(lambda leaf: jnp.cos(5 * leaf + 1), like)
+
+
+def known_noise64(x0):
+    return np.cos(5 * x0 + 1)
+
+
+run = eqx.filter_jit(
+    lambda loss, flow, x0, args, key, example_weight=None, mask=None: loss(
+        flow, x0, args, key=key, example_weight=example_weight, mask=mask
+    )
+)
+one = eqx.filter_jit(lambda loss, flow, x0, t, noise, args=None: loss.one(flow, x0, args, t=t, noise=noise))
+
+
+def loop(flow, x0, labels, t, target64, rho=np.square, mask=None):
+    """The loss of each example: explicit, in float64. `target64`(t, x0, eps) is what the network should say."""
+    result = []
+    for i in range(len(x0)):
+        x, ti = np.float64(x0[i]), np.float64(t[i])
+        eps = known_noise64(x)
+        alpha, sigma = (float(c) for c in flow.path.coefficients(t[i]))
+        terms = rho(net64(flow.network, ti, alpha * x + sigma * eps, float(labels[i])) - target64(ti, x, eps))
+        terms = terms if mask is None else terms[np.asarray(mask[i])]
+        result.append(terms.mean() if terms.size else 0.0)
+    return np.array(result)
+
+
+def flow_matching_target(t, x0, eps):
+    del t
+    return eps - x0
+
+
+VELOCITY = fs.Flow(Net(), LINEAR, predictions.Velocity())
+
+
+@pytest.mark.quick
+def test_equals_an_explicit_loop():
+    """Pitfalls 8 and 9: one time and one noise per example, in x_t and in the target; a mean over B numbers."""
+    x0, labels = batch()
+    value, aux = run(Regression(noise=known_noise), VELOCITY, x0, labels, KEY)
+    expected = loop(VELOCITY, x0, labels, aux.t, flow_matching_target)
+    assert aux.losses.shape == aux.t.shape == (5,) and value.shape == ()
+    assert value.dtype == aux.losses.dtype == jnp.float32
+    np.testing.assert_allclose(aux.losses, expected, rtol=2e-6)
+    np.testing.assert_allclose(value, expected.mean(), rtol=2e-6)
+    assert len(set(aux.t.tolist())) == 5
+
+
+@pytest.mark.quick
+def test_example_weights_and_masks():
+    x0, labels = batch(6)
+    loss = Regression(noise=known_noise)
+    weight = jnp.asarray([1, 0, 3, 2, 1, 5])
+    elements = jnp.asarray(np.random.default_rng(2).random((6, 3)) < 0.6).at[2].set(False)
+    examples = jnp.asarray([True, True, False, True, False, True])
+    for example_weight, mask in [
+        (None, None),
+        (weight, None),
+        (None, elements),
+        (weight, elements),
+        (weight, examples),
+    ]:
+        value, aux = run(loss, VELOCITY, x0, labels, KEY, example_weight, mask)
+        rows = None if mask is None else np.broadcast_to(mask.reshape(6, -1), (6, 3))
+        expected = loop(VELOCITY, x0, labels, aux.t, flow_matching_target, mask=rows)
+        weights = np.ones(6) if example_weight is None else np.float64(example_weight)
+        weights = weights if rows is None else weights * rows.any(axis=1)
+        np.testing.assert_allclose(aux.losses, expected, rtol=2e-6)
+        np.testing.assert_allclose(value, (weights * expected).sum() / weights.sum(), rtol=2e-6)
+    # A padded batch has the loss of the batch without its padding.
+    keep = jnp.asarray([True] * 4 + [False] * 2)
+    padded, _ = run(loss, VELOCITY, x0, labels, KEY, None, keep)
+    short, _ = run(loss, VELOCITY, x0[:4], labels[:4], KEY)
+    np.testing.assert_allclose(padded, short, rtol=1e-6)
+
+
+def test_nothing_counts():
+    x0, labels = batch()
+    network_gradient = eqx.filter_jit(
+        eqx.filter_grad(lambda flow, mask, w: Regression()(flow, x0, labels, key=KEY, mask=mask, example_weight=w)[0])
+    )
+    nothing = jnp.zeros((5, 3), bool)
+    value, aux = run(Regression(), VELOCITY, x0, labels, KEY, None, nothing)
+    assert value == 0 and np.all(aux.losses == 0)
+    for mask, weight in [(nothing, jnp.ones(5)), (~nothing, jnp.zeros(5))]:
+        assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(network_gradient(VELOCITY, mask, weight)))
+
+
+def test_gradient_depends_on_every_example():
+    """Pitfall 9: the gradient is the mean of the examples' own gradients."""
+    x0, labels = batch()
+    loss = Regression(noise=known_noise)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(flow, weight):
+        return loss(flow, x0, labels, key=KEY, example_weight=weight)[0]
+
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    own = np.array([flat(gradient(VELOCITY, jnp.eye(5)[i])) for i in range(5)])
+    assert np.all(np.abs(own).max(axis=1) > 1e-3)
+    np.testing.assert_allclose(flat(gradient(VELOCITY, jnp.ones(5))), own.mean(axis=0), rtol=1e-4, atol=1e-6)
+    assert np.linalg.matrix_rank(own) == 5
+    # Only the network is trained: the path's and the loss's numbers are no leaves of the flow.
+    assert len(jax.tree.leaves(gradient(VELOCITY, jnp.ones(5)))) == 2
+
+
+@pytest.mark.quick
+def test_target_and_input_share_their_noise():
+    """Pitfall 9: with data 0, x_t = sigma eps, and a network that divides by sigma is perfect."""
+
+    class Scaled(eqx.Module):
+        scale: jax.Array
+
+        def __call__(self, t, x, args, *, key=None):
+            return self.scale * x / t
+
+    def losses_of(scale):
+        flow = fs.Flow(Scaled(jnp.asarray(scale)), LINEAR, predictions.Noise())
+        return run(Regression(), flow, jnp.zeros((4096, 3)), None, KEY)[1].losses
+
+    assert np.all(losses_of(1.0) < 1e-12)
+    silent = losses_of(0.0)
+    assert abs(silent.mean() - 1) < 4 * np.sqrt(2 / 3 / 4096)  # E eps^2 = 1
+    assert len(np.unique(silent)) > 4000
+
+
+@pytest.mark.quick
+def test_network_gets_its_own_key():
+    """Another one for every example and call, and not the noise's."""
+
+    def guess(t, x, args, *, key):
+        return losses.NormalNoise()(key, x)
+
+    _, aux = run(Regression(), fs.Flow(guess, LINEAR, predictions.Noise()), jnp.zeros((8, 3)), None, KEY)
+    assert len(np.unique(aux.losses)) == 8
+    assert np.all(aux.losses > 1e-3)
+
+
+@pytest.mark.quick
+def test_examples_do_not_depend_on_the_batch():
+    x0, labels = batch(9)
+    large, small = (
+        run(Regression(), VELOCITY, x0, labels, KEY)[1],
+        run(Regression(), VELOCITY, x0[:4], labels[:4], KEY)[1],
+    )
+    np.testing.assert_array_equal(large.t[:4], small.t)
+    np.testing.assert_allclose(large.losses[:4], small.losses, rtol=1e-6)
+
+
+# --- the published losses -----------------------------------------------------------------------------------
+
+
+def pair():
+    rng = np.random.default_rng(4)
+    return rng.normal(size=3), rng.normal(size=3)
+
+
+def test_flow_matching(x64):
+    x0, eps = pair()
+    flow = fs.Flow(Net(), LINEAR, predictions.Velocity())
+    for t in (0.0, 0.3, 1.0):
+        expected = np.mean((net64(flow.network, t, (1 - t) * x0 + t * eps) - (eps - x0)) ** 2)
+        np.testing.assert_allclose(one(Regression(), flow, jnp.asarray(x0), t, jnp.asarray(eps)), expected, rtol=1e-12)
+
+
+def test_denoising_score_matching(x64):
+    """lambda(t) |s(x_t) - grad ln p(x_t|x_0)|^2 with lambda = sigma^2 (2011.13456, equation 7)."""
+    x0, eps = pair()
+    flow = fs.Flow(Net(), VP, predictions.Score())
+    loss = Regression(weight=losses.SNRWeight())
+    for t in (1e-4, 0.3, 1.0):
+        integral = 0.1 * t + t**2 * (20 - 0.1) / 2
+        mean, variance = np.exp(-integral / 2) * x0, 1 - np.exp(-integral)
+        x_t = mean + np.sqrt(variance) * eps
+        score = -(x_t - mean) / variance
+        expected = variance * np.mean((net64(flow.network, t, x_t) - score) ** 2)
+        np.testing.assert_allclose(one(loss, flow, jnp.asarray(x0), t, jnp.asarray(eps)), expected, rtol=1e-9)
+
+
+def test_ddpm(x64):
+    """|eps - eps_theta(sqrt(abar) x_0 + sqrt(1 - abar) eps)|^2 (2006.11239, equation 14)."""
+    x0, eps = pair()
+    path = paths.Discrete.linear()
+    flow = fs.Flow(Net(), path, predictions.Noise())
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    for k in (0, 400, 999):
+        x_t = np.sqrt(abar[k]) * x0 + np.sqrt(1 - abar[k]) * eps
+        expected = np.mean((eps - net64(flow.network, (k + 1) / 1000, x_t)) ** 2)
+        found = one(Regression(), flow, jnp.asarray(x0), path.time_of(k), jnp.asarray(eps))
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def edm_terms(sigma, data_std):
+    """Table 1 of 2206.00364: c_in, c_skip, c_out, c_noise and lambda."""
+    variance = sigma**2 + data_std**2
+    return (
+        1 / np.sqrt(variance),
+        data_std**2 / variance,
+        sigma * data_std / np.sqrt(variance),
+        np.log(sigma) / 4,
+        variance / (sigma * data_std) ** 2,
+    )
+
+
+def test_edm(x64):
+    """lambda(sigma) |D(x_0 + n; sigma) - x_0|^2, in both forms of the paper (equations 2 and 8)."""
+    x0, eps = pair()
+    for data_std in (0.5, 1.7):
+        flow = fs.Flow(Net(), EDM, predictions.Data(), fs.EDMPreconditioner(data_std))
+        loss = Regression(times.LogNormal(), weight=losses.EDMWeight(data_std))
+        for sigma in (0.002, 0.5, 80.0):
+            c_in, c_skip, c_out, c_noise, weight = edm_terms(sigma, data_std)
+            x = x0 + sigma * eps
+            raw = net64(flow.network, c_noise, c_in * x)
+            denoised = weight * np.mean((c_skip * x + c_out * raw - x0) ** 2)
+            effective = np.mean((raw - (x0 - c_skip * x) / c_out) ** 2)
+            np.testing.assert_allclose(denoised, effective, rtol=1e-8)
+            found = one(loss, flow, jnp.asarray(x0), sigma, jnp.asarray(eps))
+            np.testing.assert_allclose(found, effective, rtol=1e-8)
+
+
+@pytest.mark.quick
+def test_edm_golden_values():
+    """Pitfall 7: the paper's defaults, the weight's form, and weight c_out^2 = 1 on any path."""
+    assert (times.LogNormal().mean, times.LogNormal().std) == (np.float32(-1.2), np.float32(1.2))
+    weight = losses.EDMWeight()
+    assert weight.data_std == 0.5
+    for sigma, expected in [(0.5, 8.0), (0.002, 250004.0), (80.0, 4.00015625)]:
+        np.testing.assert_allclose(weight(EDM, sigma), expected, rtol=2e-6)
+    for path, t in [(EDM, 0.3), (LINEAR, 0.3), (VP, 0.6)]:
+        _, _, c_out = fs.EDMPreconditioner(0.5).coefficients(path, jnp.asarray(t))
+        np.testing.assert_allclose(weight(path, t) * c_out**2, 1, rtol=1e-6)
+    assert np.isinf(weight(LINEAR, 0.0)) and np.isfinite(weight(LINEAR, 1.0))
+    np.testing.assert_allclose(losses.SNRWeight()(LINEAR, 0.25), 9, rtol=1e-6)
+    np.testing.assert_allclose(losses.Weight(lambda path, t: 1 + t)(LINEAR, 0.25), 1.25, rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", [EDM, LINEAR], ids=["edm", "linear"])
+def test_edm_starts_at_one(path):
+    """A preconditioned network that says 0 has loss 1 at every t: its target has unit variance."""
+    silent = lambda t, x, args, *, key=None: 0 * x  # noqa: E731
+    noise_level = fs.preconditioning.angle if path is LINEAR else fs.preconditioning.quarter_log_ratio
+    flow = fs.Flow(silent, path, predictions.Data(), fs.EDMPreconditioner(0.5, noise_level))
+    loss = Regression(times.Uniform() if path is LINEAR else times.LogNormal(), weight=losses.EDMWeight(0.5))
+    x0 = 0.5 * jax.random.normal(jax.random.key(1), (20_000, 4))
+    _, aux = run(loss, flow, x0, None, KEY)
+    order = np.argsort(aux.t)
+    for part in np.split(np.asarray(aux.losses)[order], 5):
+        assert abs(part.mean() - 1) < 4 * np.sqrt(2 / 4 / len(part))
+
+
+# --- weights and targets ------------------------------------------------------------------------------------
+
+
+def weights():
+    return {
+        "edm": losses.EDMWeight(0.7),
+        "snr": losses.SNRWeight(),
+        "user": losses.Weight(lambda path, t: 2 + jnp.sin(path.log_snr(t))),
+    }
+
+
+def weight64(name, alpha, sigma):
+    r = sigma / alpha
+    return {
+        "edm": (r**2 + 0.49) / (0.7 * r) ** 2,
+        "snr": r**-2.0,
+        "user": 2 + np.sin(2 * np.log(alpha / sigma)),
+    }[name]
+
+
+def table64(name, t):
+    """(a, b, c) of each prediction, alpha and sigma."""
+    alpha, sigma, d_alpha, d_sigma = (float(v) for v in REFERENCES[name](np.float64(t)))
+    return {
+        "data": (1, 0, 1),
+        "noise": (0, 1, 1),
+        "velocity": (d_alpha, d_sigma, 1),
+        "v": (-sigma, alpha, 1),
+        "score": (0, -1, sigma),
+    }, (alpha, sigma)
+
+
+def test_targets_and_weights(x64):
+    """Every loss for every own prediction and target is that of the same denoiser, written out."""
+    name, path = "vp", PATHS["vp"]
+    net = Net()
+    x0, eps = pair()
+    huber = losses.Huber(0.3)
+
+    def own_network(prediction):
+        """One denoiser D, put into the words of each prediction."""
+
+        def network(t, x, args, *, key=None):
+            alpha, sigma = path.coefficients(t)
+            data = net(t, x, args)
+            a, b, c = prediction.coefficients(path, t)
+            return (a * data + b * (x - alpha * data) / sigma) / c
+
+        return network
+
+    @jax.jit
+    def all_losses(t):
+        found = {}
+        for own, own_prediction in PREDICTIONS.items():
+            flow = fs.Flow(own_network(own_prediction), path, own_prediction)
+            for target, target_prediction in PREDICTIONS.items():
+                settings = {"none": {}, "edm": {"weight": weights()["edm"]}}
+                if own == "velocity":
+                    settings |= {kind: {"weight": weight} for kind, weight in weights().items()}
+                    settings["huber"] = {"weight": weights()["edm"], "elementwise": huber}
+                for kind, setting in settings.items():
+                    loss = Regression(target=target_prediction, **setting)
+                    found[f"{own} {target} {kind}"] = loss.one(flow, jnp.asarray(x0), t=t, noise=jnp.asarray(eps))
+        return found
+
+    for t in np.array([0.02, 0.5, 0.97]) * (path.t_noise - path.t_data) + path.t_data:
+        table, (alpha, sigma) = table64(name, t)
+        denoised = net64(net, t, alpha * x0 + sigma * eps)
+        error = denoised - x0
+        for which, found in all_losses(t).items():
+            _, target, kind = which.split()
+            a, b, c = table[target]
+            # The error of the target: x_0 off by e puts eps off by -alpha e / sigma.
+            target_error = (a - b * alpha / sigma) / c * error
+            if kind == "none":
+                expected = np.mean(target_error**2)
+            elif kind == "huber":
+                size = np.abs(target_error)
+                terms = np.where(size < 0.3, size**2 / 2, 0.3 * (size - 0.15))
+                expected = weight64("edm", alpha, sigma) * np.mean(terms) * np.mean(error / target_error) ** 2
+            else:
+                # Stated on the x_0 loss: the same number for every target and every own prediction.
+                expected = weight64(kind, alpha, sigma) * np.mean(error**2)
+            np.testing.assert_allclose(found, expected, rtol=1e-7, err_msg=f"{which} at {t}")
+
+
+@functools.cache
+def at_the_ends():
+    """(path, own, target, weight) -> losses and a derivative at both ends, and a little inside of them."""
+    x0, eps = (jnp.asarray(v, jnp.float32) for v in pair())
+    net = Net()
+    direction = jax.tree.map(jnp.cos, net)
+    losses_of = {f"{name} none": Regression(target=target) for name, target in {"own": None, **PREDICTIONS}.items()}
+    for name, target in {"own": None, "score": predictions.Score()}.items():
+        losses_of |= {f"{name} {kind}": Regression(target=target, weight=weights()[kind]) for kind in ("edm", "snr")}
+    found = {}
+    for path, own_names in [(LINEAR, list(PREDICTIONS)), (paths.Trigonometric(), ["velocity"])]:
+
+        @jax.jit
+        @jax.vmap
+        def all_losses(t, path=path, own_names=own_names):
+            def of(net, own_prediction):
+                flow = fs.Flow(net, path, own_prediction)
+                return {which: loss.one(flow, x0, t=t, noise=eps) for which, loss in losses_of.items()}
+
+            return {
+                own: jax.jvp(lambda net, own=own: of(net, PREDICTIONS[own]), (net,), (direction,)) for own in own_names
+            }
+
+        for own, (values, derivatives) in all_losses(jnp.asarray([0, 2e-4, 1 - 2e-4, 1])).items():
+            for which, value in values.items():
+                found[f"{type(path).__name__} {own} {which}"] = np.asarray(value), np.asarray(derivatives[which])
+    return found
+
+
+def test_ends():
+    """At the ends: the limit where there is one, else inf; never NaN, and no NaN gradient of a finite loss."""
+    no_data = {(own, target) for own in ("noise", "score") for target in ("data", "velocity", "v")}
+    no_noise = {("data", target) for target in ("noise", "velocity", "v")} | {
+        (own, "score") for own in PREDICTIONS
+    } | {("score", "own")}  # fmt: skip
+    weighted = {
+        0: {"data edm", "data snr"},
+        3: {"noise edm", "score edm"},
+    }
+    for which, (value, derivative) in at_the_ends().items():
+        _, own, target, kind = which.split()
+        for end, inside, singular in [(0, 1, no_noise), (3, 2, no_data)]:
+            if kind == "none":
+                infinite = (own, target) in singular
+            else:
+                infinite = f"{own} {kind}" in weighted[end]
+            if infinite:
+                assert value[end] == np.inf, (which, end)
+            else:
+                np.testing.assert_allclose(value[end], value[inside], rtol=0.01, atol=2e-6, err_msg=f"{which} {end}")
+                assert np.isfinite(derivative[end]), (which, end)
+
+
+@pytest.mark.parametrize("name", ["linear", "vp"])
+def test_the_optimum_is_the_conditional_mean(name):
+    """Gaussian data: the exact denoiser beats perturbed ones in every prediction, by more than chance."""
+    path = PATHS[name]
+    mean, std = 0.6, 0.8
+    x0 = mean + std * jax.random.normal(jax.random.key(2), (20_000, 2))
+    deltas = jnp.asarray([[0, 0], [0.1, 0], [-0.1, 0], [0, 0.1], [0, -0.1]], float)
+
+    @jax.jit
+    def all_losses(deltas):
+        def of(delta):
+            found = {}
+            for own, prediction in PREDICTIONS.items():
+
+                def network(t, x, args, *, key=None, prediction=prediction):
+                    alpha, sigma = path.coefficients(t)
+                    gain = alpha * std**2 / (sigma**2 + alpha**2 * std**2)
+                    data = mean + gain * (x - alpha * mean)
+                    noise = sigma / (sigma**2 + alpha**2 * std**2) * (x - alpha * mean)
+                    a, b, c = prediction.coefficients(path, t)
+                    return (1 + delta[0]) * (a * data + b * noise) / c + delta[1]
+
+                loss = Regression(times.Uniform(t_min=0.1, t_max=0.9))
+                found[own] = loss(fs.Flow(network, path, prediction), x0, key=KEY)[1].losses
+            return found
+
+        return jax.lax.map(of, deltas)
+
+    for own, found in all_losses(deltas).items():
+        difference = np.float64(found[1:]) - np.float64(found[0])
+        standard_error = difference.std(axis=1) / np.sqrt(len(x0))
+        assert np.all(difference.mean(axis=1) > 2 * standard_error), own
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_elementwise():
+    e = np.array([-3.0, -0.4, 0.0, 1e-4, 0.5, 2.0])
+    error = jnp.asarray(e, jnp.float32)
+    delta = 0.5
+    huber = np.where(np.abs(e) <= delta, e**2 / 2, delta * (np.abs(e) - delta / 2))
+    for function, expected in [
+        (losses.squared, e**2),
+        (losses.absolute, np.abs(e)),
+        (losses.Huber(delta), huber),
+        (losses.PseudoHuber(delta), delta**2 * (np.sqrt(1 + (e / delta) ** 2) - 1)),
+        (lambda error: error**4, e**4),
+    ]:
+        np.testing.assert_allclose(function(error), expected, rtol=2e-6)
+        assert np.all(np.isfinite(jax.vmap(jax.grad(function))(error)))
+    x0, labels = batch()
+    rho = losses.Huber(delta)
+    _, aux = run(Regression(noise=known_noise, elementwise=rho), VELOCITY, x0, labels, KEY)
+    rho64 = lambda e: np.where(np.abs(e) <= delta, e**2 / 2, delta * (np.abs(e) - delta / 2))  # noqa: E731
+    np.testing.assert_allclose(aux.losses, loop(VELOCITY, x0, labels, aux.t, flow_matching_target, rho64), rtol=2e-6)
+
+
+@pytest.mark.quick
+def test_normal_noise():
+    like = {"a": jax.ShapeDtypeStruct((4000,), jnp.float32), "b": jax.ShapeDtypeStruct((3, 2), jnp.bfloat16)}
+    noise = losses.NormalNoise(mean=2.0, scale=0.5)(KEY, like)
+    assert noise["b"].shape == (3, 2) and noise["b"].dtype == jnp.bfloat16
+    assert abs(noise["a"].mean() - 2) < 4 * 0.5 / np.sqrt(4000)
+    assert abs(noise["a"].std() - 0.5) < 4 * 0.5 / np.sqrt(2 * 4000)
+
+
+@pytest.mark.quick
+def test_pytrees_of_any_shape():
+    """The mean is over all elements of all leaves, masked or not."""
+
+    def network(t, x, args, *, key=None):
+        return jax.tree.map(lambda leaf: t * leaf, x)
+
+    flow = fs.Flow(network, LINEAR, predictions.Velocity())
+    rng = np.random.default_rng(3)
+    x0 = {"image": jnp.asarray(rng.normal(size=(4, 2, 3)), float), "label": jnp.asarray(rng.normal(size=4), float)}
+    mask = {"image": jnp.asarray(rng.random((4, 2, 3)) < 0.5), "label": jnp.asarray([True, False, True, False])}
+    _, aux = run(Regression(noise=known_noise), flow, x0, None, KEY, None, mask)
+    for i in range(4):
+        x = np.append(np.float64(x0["image"][i]).ravel(), np.float64(x0["label"][i]))
+        t, eps = np.float64(aux.t[i]), known_noise64(x)
+        terms = (t * ((1 - t) * x + t * eps) - (eps - x)) ** 2
+        counts = np.append(np.asarray(mask["image"][i]).ravel(), mask["label"][i])
+        np.testing.assert_allclose(aux.losses[i], terms[counts].mean(), rtol=2e-6)
+    one_per_example = run(Regression(), flow, x0, None, KEY, None, jnp.asarray([True, False, True, True]))[1]
+    assert one_per_example.losses[1] == 0 and np.all(one_per_example.losses[jnp.array([0, 2, 3])] > 0)
+
+
+def test_new_values_do_not_retrace():
+    x0, labels = batch()
+
+    @eqx.filter_jit
+    @eqx.debug.assert_max_traces(max_traces=1)
+    def value(loss, flow, key, weight, mask):
+        return loss(flow, x0, labels, key=key, example_weight=weight, mask=mask)
+
+    for i in range(3):
+        loss = Regression(
+            times=times.LogitNormal(0.1 * i, 1.0 + i),
+            weight=losses.EDMWeight(0.5 + i),
+            elementwise=losses.Huber(1.0 + i),
+            noise=losses.NormalNoise(scale=1.0 + i),
+        )
+        flow = eqx.tree_at(lambda f: f.network.bias, VELOCITY, jnp.full(3, 0.1 * i))
+        value(loss, flow, jax.random.key(i), jnp.full(5, 1.0 + i), jnp.full((5, 3), i == 0))
+
+
+@pytest.fixture
+def untyped():
+    """Without jaxtyping's checks, which come before the library's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.quick
+def test_errors(untyped):
+    x0, labels = batch()
+    loss = Regression()
+    for error, message, arguments in [
+        (TypeError, "x0 has dtype int32", {"x0": jnp.ones((5, 3), jnp.int32)}),
+        (ValueError, "x0 is an empty batch", {"x0": jnp.zeros((0, 3)), "args": None}),
+        (ValueError, "x0 has no arrays", {"x0": {}, "args": None}),
+        (ValueError, "wants a batch", {"x0": jnp.asarray(1.0), "args": None}),
+        (ValueError, "wants a batch", {"x0": [x0, x0[:3]], "args": None}),
+        (ValueError, "args is int32.4., but x0 has 5 examples", {"args": labels[:4]}),
+        (ValueError, "args is", {"args": {"label": labels, "scale": jnp.asarray(1.0)}}),
+        (ValueError, "example_weight has shape .5, 1.", {"example_weight": jnp.ones((5, 1))}),
+        (TypeError, "mask is .* wants booleans", {"mask": jnp.ones((5, 3))}),
+        (ValueError, "mask is .* wants booleans like x0", {"mask": jnp.ones((5, 1), bool)}),
+        (ValueError, "mask is .* wants booleans like x0", {"mask": [jnp.ones((5, 3), bool)]}),
+        (ValueError, "key is missing: a training loss draws", {"key": None}),
+        (TypeError, "a typed key is wanted", {"key": jnp.zeros(2, jnp.uint32)}),
+        (ValueError, "one key is wanted", {"key": jax.random.split(KEY)}),
+    ]:
+        arguments = {"x0": x0, "args": labels, "key": KEY, **arguments}
+        with pytest.raises(error, match=message):
+            loss(VELOCITY, arguments.pop("x0"), arguments.pop("args"), **arguments)
+    for bad in ({"times": 0.5}, {"target": predictions.Velocity}, {"weight": lambda path, t: t}):
+        with pytest.raises(TypeError, match=f"Regression got {next(iter(bad))}"):
+            Regression(**bad)
+    for make, name in [
+        (lambda: losses.Huber(0.0), "delta = 0"),
+        (lambda: losses.PseudoHuber(-1.0), "c = -1"),
+        (lambda: losses.EDMWeight(0.0), "data_std = 0"),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            make()
+
+
+@pytest.mark.quick
+def test_half_precision_and_numpy(untyped):
+    """Data in bfloat16 is brought to float32; numpy arrays are mapped over like JAX's."""
+    x0, labels = batch()
+    half = x0.astype(jnp.bfloat16)
+    value, aux = Regression()(VELOCITY, half, labels, key=KEY)
+    expected, _ = Regression()(VELOCITY, half.astype(jnp.float32), labels, key=KEY)
+    assert value.dtype == aux.losses.dtype == jnp.float32 and value == expected
+    from_numpy, _ = Regression()(VELOCITY, np.asarray(half.astype(jnp.float32)), np.asarray(labels), key=KEY)
+    assert from_numpy == expected

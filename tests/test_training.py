@@ -1,0 +1,394 @@
+"""The training loop: converges to known optima, deterministic, and what it yields stays good."""
+
+import itertools
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import Array
+
+from flowsolve import paths, predictions, training
+from flowsolve.flow import Flow
+
+DIM, BATCH = 2, 8
+
+
+class Affine(eqx.Module):
+    """The network W x + b, whatever the time."""
+
+    weight: Array
+    bias: Array
+    name: str = "affine"
+
+    def __call__(self, t, x, args=None, *, key=None):
+        del t, args, key
+        return self.weight @ x + self.bias
+
+
+def make_flow():
+    network = Affine(0.1 * jnp.ones((DIM, DIM)), jnp.zeros(DIM))
+    return Flow(network, paths.Linear(), predictions.Velocity())
+
+
+def least_squares(flow, x, args, *, key):
+    """mean |W x + b - args|^2: the optimum is that of linear regression, and no noise is drawn."""
+    del key
+    losses = jnp.sum((jax.vmap(lambda x: flow.output(0.5, x))(x) - args) ** 2, axis=-1)
+    return jnp.mean(losses), losses
+
+
+class MatchAtOneTime(eqx.Module):
+    """Flow matching at one time t: noise from the key, velocity eps - x_0 as target."""
+
+    t: Array
+
+    def __call__(self, flow, x, args, *, key):
+        noise = jax.random.normal(key, x.shape)
+        x_t = (1 - self.t) * x + self.t * noise
+        losses = jnp.mean((jax.vmap(lambda x: flow.output(self.t, x))(x_t) - (noise - x)) ** 2, axis=-1)
+        return jnp.mean(losses), losses
+
+
+def batch_mean(flow, x, args, *, key):
+    """The mean of the batch: a loss whose value the test chooses, with a gradient of zero."""
+    del args, key
+    value = jnp.mean(x) + 0.0 * jnp.sum(flow.network.weight)
+    return value, value
+
+
+RNG = np.random.default_rng(0)
+INPUTS = RNG.normal(size=(BATCH, DIM)).astype(np.float32)
+TARGETS = RNG.normal(size=(BATCH, DIM)).astype(np.float32)
+SGD = optax.sgd(0.05)
+KEY = jax.random.key(0)
+
+
+def fit(loss, batches, optimiser=SGD, *, steps, key=KEY, ema=0.9, every=100, flow=None):
+    flow = make_flow() if flow is None else flow
+    return training.fit(loss, flow, batches, optimiser, steps=steps, key=key, ema=ema, every=every, progress=False)
+
+
+def parameters(flow):
+    return np.asarray(flow.network.weight), np.asarray(flow.network.bias)
+
+
+def same(a, b):
+    """Whether two pytrees hold the same bits."""
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    data = [
+        tuple(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf for leaf in pair)
+        for pair in leaves
+        if eqx.is_array(pair[0])
+    ]
+    return all(np.array_equal(*pair, equal_nan=True) for pair in data)
+
+
+def constant(value):
+    return np.full((BATCH, DIM), value, np.float32)
+
+
+# --- it trains ---------------------------------------------------------------------------------
+
+
+def test_one_step_is_gradient_descent():
+    state = training.init(make_flow(), SGD, key=KEY)
+    batch = (jnp.asarray(INPUTS), jnp.asarray(TARGETS))
+    after, value = training.train_step(state, batch, loss=least_squares, optimiser=SGD, ema=0.9)
+
+    weight, bias = parameters(state.flow)
+    error = INPUTS @ weight.T + bias - TARGETS
+    np.testing.assert_allclose(value, np.mean(np.sum(error**2, axis=1)), rtol=1e-6)
+    np.testing.assert_allclose(after.flow.network.weight, weight - 0.05 * 2 / BATCH * error.T @ INPUTS, rtol=1e-5)
+    np.testing.assert_allclose(after.flow.network.bias, bias - 0.05 * 2 * error.mean(axis=0), rtol=1e-5)
+    assert after.step == 1
+
+
+def test_converges_to_linear_regression():
+    *_, state = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), optax.adam(0.03), steps=600)
+    design = np.concatenate([INPUTS, np.ones((BATCH, 1))], axis=1)
+    solution, residual, *_ = np.linalg.lstsq(design, TARGETS, rcond=None)
+    weight, bias = parameters(state.flow)
+    np.testing.assert_allclose(weight, solution[:DIM].T, atol=2e-3)
+    np.testing.assert_allclose(bias, solution[DIM], atol=2e-3)
+    np.testing.assert_allclose(state.metrics["loss"], residual.sum() / BATCH, rtol=1e-3)
+
+
+def test_converges_to_the_velocity_of_a_gaussian():
+    """Data N(m, s^2) on the straight path: at each t the velocity is linear in x, in closed form."""
+    mean, std, t = 1.5, 0.5, 0.6
+    data = mean + std * RNG.normal(size=(4_096, DIM)).astype(np.float32)
+    mean, std = data.mean(), data.std()
+    variance = (1 - t) ** 2 * std**2 + t**2
+    slope = (t - (1 - t) * std**2) / variance
+    intercept = -mean - slope * (1 - t) * mean
+
+    rate = optax.linear_schedule(0.1, 0.005, 800)
+    batches = training.batches(data, batch_size=1_024, key=jax.random.key(1))
+    *_, state = fit(MatchAtOneTime(jnp.float32(t)), batches, optax.adamw(rate), steps=800, ema=0.99, every=800)
+    weight, bias = parameters(state.ema_flow)
+    np.testing.assert_allclose(weight, slope * np.eye(DIM), atol=0.03)
+    np.testing.assert_allclose(bias, intercept, atol=0.03)
+
+
+def test_only_the_network_is_trained():
+    flow = make_flow()
+    *_, state = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), steps=3, flow=flow)
+    assert state.flow.path == flow.path and state.flow.prediction == flow.prediction
+    assert state.flow.network.name == "affine"
+    assert len(jax.tree.leaves(state.ema)) == 2
+
+
+# --- the moving average ------------------------------------------------------------------------
+
+
+def test_average_equals_a_loop():
+    flow = make_flow()
+    average = parameters(flow)
+    batches = itertools.repeat((INPUTS, TARGETS))
+    for state in fit(least_squares, batches, steps=12, ema=0.7, every=1, flow=flow):
+        average = [0.7 * old + 0.3 * new for old, new in zip(average, parameters(state.flow), strict=True)]
+        for got, want in zip(parameters(state.ema_flow), average, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_average_of_a_constant_is_the_constant():
+    """From step 0 on, to the last bit: no start at zeros, nothing to debias."""
+    flow = make_flow()
+    for state in fit(batch_mean, itertools.repeat(constant(1.0)), steps=5, ema=0.999, every=1, flow=flow):
+        assert same(state.ema_flow, flow)
+        assert same(state.flow, flow)
+
+
+def test_without_average_it_is_the_weights():
+    *_, state = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), steps=5, ema=0.0)
+    for got, want in zip(parameters(state.ema_flow), parameters(state.flow), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+# --- what it yields ------------------------------------------------------------------------------
+
+
+def test_yields_every_few_steps_and_at_the_last():
+    states = list(fit(batch_mean, itertools.repeat(constant(1.0)), steps=7, every=3))
+    assert [int(state.step) for state in states] == [3, 6, 7]
+    assert [int(s.step) for s in fit(batch_mean, itertools.repeat(constant(1.0)), steps=6, every=3)] == [3, 6]
+
+
+def test_loss_is_the_mean_since_the_last_yield():
+    batches = map(constant, itertools.count(1.0))
+    losses = [float(state.metrics["loss"]) for state in fit(batch_mean, batches, steps=5, every=2)]
+    assert losses == [1.5, 3.5, 5.0]
+
+
+def test_same_key_same_bits():
+    loss = MatchAtOneTime(jnp.float32(0.5))
+
+    def run(key):
+        batches = training.batches(INPUTS, batch_size=4, key=jax.random.key(3))
+        *_, state = fit(loss, batches, optax.adamw(1e-2), steps=6, key=jax.random.key(key))
+        return state
+
+    first, again, other = run(0), run(0), run(1)
+    assert same(first, again)
+    assert not same(first.flow, other.flow)
+
+
+def test_each_step_has_its_own_noise():
+    def draw(flow, x, args, *, key):
+        value = jax.random.normal(key) + 0.0 * jnp.sum(flow.network.weight)
+        return value, None
+
+    losses = [float(s.metrics["loss"]) for s in fit(draw, itertools.repeat(INPUTS), steps=6, every=1)]
+    assert len(set(losses)) == 6
+
+
+def test_yielded_states_and_the_given_flow_stay_valid():
+    """The step donates its buffers: never those of a state that somebody holds."""
+    flow = make_flow()
+    states = list(fit(least_squares, itertools.repeat((INPUTS, TARGETS)), optax.adam(0.1), steps=6, every=2, flow=flow))
+    weights = [parameters(state.flow)[0].copy() for state in states]
+    assert np.array_equal(parameters(flow)[0], 0.1 * np.ones((DIM, DIM), np.float32))
+    assert not np.array_equal(weights[0], weights[1]) and not np.array_equal(weights[1], weights[2])
+    for state in states:
+        assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(state) if eqx.is_array(leaf))
+    # Holding or dropping the states changes nothing.
+    for state in fit(least_squares, itertools.repeat((INPUTS, TARGETS)), optax.adam(0.1), steps=6, every=2, flow=flow):
+        last = np.array(state.flow.network.weight)
+        del state
+    assert np.array_equal(last, weights[2])
+
+
+def test_the_step_donates():
+    state = training.init(make_flow(), SGD, key=KEY)
+    batch = (jnp.asarray(INPUTS), jnp.asarray(TARGETS))
+    training._compiled_step((batch, least_squares, SGD, jnp.float32(0.9)), state)
+    assert state.flow.network.weight.is_deleted()
+    assert not batch[0].is_deleted()
+
+
+def test_state_shares_nothing_with_the_flow_or_within():
+    """A buffer that two leaves share cannot be donated twice."""
+    flow = make_flow()
+    keeps_the_start = optax.GradientTransformation(lambda p: p, lambda g, s, p=None: (g, s))
+    state = training.init(flow, keeps_the_start, key=KEY)
+    leaves = [leaf for leaf in jax.tree.leaves((flow, state)) if eqx.is_array(leaf)]
+    leaves = [leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in leaves]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_one_compilation_for_all_steps_and_runs():
+    traces = []
+
+    def loss(flow, x, args, *, key):
+        traces.append(None)
+        return least_squares(flow, x, args, key=key)
+
+    batches = itertools.repeat((INPUTS, TARGETS))
+    optimiser = optax.adam(1e-2)
+    for ema, steps, key in [(0.9, 7, 0), (0.99, 3, 1)]:
+        list(fit(loss, batches, optimiser, steps=steps, every=2, ema=ema, key=jax.random.key(key)))
+    assert len(traces) == 1
+
+
+def test_the_host_waits_only_to_yield(monkeypatch):
+    fetched = []
+    real = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(len(x)) or real(x))
+    list(fit(batch_mean, itertools.repeat(constant(1.0)), steps=10, every=4))
+    assert fetched == [4, 4, 2]
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=["NaN", "infinite"])
+def test_stops_at_a_loss_that_is_not_finite(bad):
+    batches = (constant(bad if step >= 5 else 1.0) for step in itertools.count(1))
+    seen = []
+    with pytest.raises(training.TrainingDiverged, match=r"in step 5\. .*after 3 steps") as caught:
+        seen.extend(fit(batch_mean, batches, steps=9, every=3))
+    assert caught.value.step == 5
+    good = caught.value.state
+    assert int(good.step) == 3
+    # Usable: training goes on from it.
+    batch = (jnp.ones((BATCH, DIM)), None)
+    after, value = training.train_step(good, batch, loss=batch_mean, optimiser=SGD, ema=0.9)
+    assert int(after.step) == 4 and np.isfinite(value)
+
+
+def test_a_failure_before_the_first_yield_gives_the_start():
+    flow = make_flow()
+    with pytest.raises(training.TrainingDiverged, match="in step 2") as caught:
+        list(fit(batch_mean, map(constant, [1.0, np.nan, 1.0]), steps=3, flow=flow))
+    assert int(caught.value.state.step) == 0
+    assert same(caught.value.state.flow, flow)
+
+
+def test_stops_at_parameters_that_are_not_finite():
+    """The loss of the last step is that before its update: finite, though the update ruins the weights."""
+    with pytest.raises(training.TrainingDiverged, match=r"parameter .* after step 1"):
+        list(fit(least_squares, itertools.repeat((INPUTS, TARGETS)), optax.scale(jnp.nan), steps=1))
+
+
+def test_batches_that_end_early():
+    states = []
+    with pytest.raises(ValueError, match="ended after 5 steps of 9"):
+        for state in fit(batch_mean, map(constant, range(1, 6)), steps=9, every=3):
+            states.append(state)
+    assert [int(state.step) for state in states] == [3, 5]
+    assert float(states[-1].metrics["loss"]) == 4.5
+    with pytest.raises(ValueError, match="ended after 0 steps"):
+        list(fit(batch_mean, [], steps=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"steps": 0}, "steps = 0"), ({"steps": 1, "every": 0}, "every = 0"), ({"steps": 1, "ema": 1.0}, "ema = 1.0")],
+)
+def test_bad_options_are_refused_at_once(options, message):
+    """By the call itself, not by the first step."""
+    with pytest.raises(ValueError, match=message):
+        fit(batch_mean, itertools.repeat(constant(1.0)), **options)
+
+
+def test_bad_data_and_flows_are_refused():
+    with pytest.raises(TypeError, match="floating point"):
+        list(fit(batch_mean, itertools.repeat(np.ones((BATCH, DIM), np.int32)), steps=1))
+    with pytest.raises(ValueError, match="leading batch axis"):
+        list(fit(batch_mean, itertools.repeat(np.float32(1.0)), steps=1))
+    untrainable = Flow(lambda t, x, args, key=None: x, paths.Linear(), predictions.Velocity())
+    with pytest.raises(ValueError, match="nothing to train"):
+        fit(batch_mean, [], steps=1, flow=untrainable)
+
+
+# --- the progress bar ----------------------------------------------------------------------------
+
+
+def test_progress_bar(capsys):
+    batches = itertools.repeat(constant(1.0))
+    list(training.fit(batch_mean, make_flow(), batches, SGD, steps=4, key=KEY, every=2))
+    text = capsys.readouterr().err
+    last = text.split("\r")[-1]
+    assert "4/4" in last and "loss 1," in last and "examples/s" in last
+    assert text.count("\n") == 1
+
+
+def test_progress_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match="progress=False"):
+        training.fit(batch_mean, make_flow(), [], SGD, steps=1, key=KEY)
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def take(data, count, args=None, batch_size=3, key=0):
+    batches = training.batches(data, args, batch_size=batch_size, key=jax.random.key(key))
+    return list(itertools.islice(batches, count))
+
+
+def test_each_epoch_is_a_permutation():
+    data = np.arange(12, dtype=np.float32)
+    drawn = [x for x, _ in take(data, 8)]
+    first, second = np.concatenate(drawn[:4]), np.concatenate(drawn[4:])
+    assert np.array_equal(np.sort(first), data)
+    assert np.array_equal(np.sort(second), data)
+    assert not np.array_equal(first, second)
+
+
+def test_the_last_partial_batch_is_left_out_and_changes():
+    data = np.arange(11, dtype=np.float32)
+    epochs = np.stack([x for x, _ in take(data, 30)]).reshape(10, 9)
+    assert all(len(set(epoch)) == 9 for epoch in epochs)
+    assert set(epochs.ravel()) == set(data)
+
+
+def test_args_follow_their_data():
+    data = {"a": np.arange(10, dtype=np.float32), "b": np.arange(20, dtype=np.float32).reshape(10, 2)}
+    for x, args in take(data, 7, args=(np.arange(10), np.arange(10) % 3)):
+        assert np.array_equal(x["a"], args[0])
+        assert np.array_equal(x["b"][:, 0], 2 * x["a"])
+        assert np.array_equal(args[1], args[0] % 3)
+
+
+def test_same_key_same_order():
+    data = np.arange(12, dtype=np.float32)
+    one, again, other = (np.stack([x for x, _ in take(data, 6, key=key)]) for key in (0, 0, 1))
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+    assert take(data, 1)[0][1] is None
+
+
+def test_bad_batches_are_refused_at_once():
+    data = np.ones((4, 2), np.float32)
+    with pytest.raises(ValueError, match="batch_size = 5 for 4 examples"):
+        training.batches(data, batch_size=5, key=KEY)
+    with pytest.raises(ValueError, match=r"\[3, 4\] examples"):
+        training.batches(data, np.arange(3), batch_size=2, key=KEY)
+    with pytest.raises(TypeError, match="floating point"):
+        training.batches(np.ones((4, 2), np.int32), batch_size=2, key=KEY)
