@@ -1,11 +1,26 @@
 """Handwritten digits: train a class-conditional flow, sample it with seven solvers, judge the samples.
 
-    python examples/digits.py                # about 2.5 minutes on 2 CPU cores
+    python examples/digits.py                # about 2 minutes on 2 CPU cores
     python examples/digits.py --checkpoint outputs/digits/flow.eqx      # without training
     python examples/digits.py --smoke        # everything tiny: a check that it runs
 
-Needs `pip install "flowsolve[examples]"`. The data are the 1,797 images of 8 x 8 pixels that come with scikit-learn.
-NUMBERS
+Needs `pip install "flowsolve[examples]"`. The data are the 1,797 images of 8 x 8 pixels that come with scikit-learn:
+nothing is downloaded. A residual network of 1.2 million parameters learns the velocity of the straight path; a small
+classifier of real digits then judges what each solver draws from it. Expect about these numbers (2 CPU cores):
+
+    solver                            NFE  ms/image  Frechet  accuracy  nearest
+    Euler, 50 steps                    50      1.29     2.51     0.999     14.9
+    Heun, 25 steps                     50      1.41     2.63     0.999     15.1
+    DDIM, 20 steps                     20      0.53     2.44     0.999     14.7
+    Tsit5, adaptive 1e-3               44      1.35     2.61     0.999     15.0
+    Dopri5, adaptive 1e-3              36      1.15     2.55     0.999     15.0
+    reverse SDE, Euler, 100 steps     100      2.56     2.67     1.000     14.2
+    DDPM ancestral, 50 steps           50      1.29     2.37     0.998     14.1
+    real digits                                         1.56     0.983     17.1
+
+    100 held-out digits: 2.507 +- 0.046 bits per pixel (uniform: 4.087)
+
+Written to `outputs/digits/`: the trained flow, flow.eqx, and ten samples of each class, samples.png.
 """
 
 import argparse
@@ -47,7 +62,7 @@ class Size(NamedTuple):
     likelihoods: int  # held-out images whose density is computed
 
 
-FULL = Size(steps=2_000, batch=256, width=256, depth=4, classifier_steps=1_500, samples=1_000, likelihoods=100)
+FULL = Size(steps=1_800, batch=256, width=256, depth=3, classifier_steps=1_500, samples=1_000, likelihoods=100)
 SMOKE = Size(steps=20, batch=64, width=32, depth=2, classifier_steps=20, samples=20, likelihoods=2)
 
 
@@ -99,7 +114,9 @@ def training_batches(train: Split, size: Size, key: jax.Array) -> Iterator:
 @eqx.filter_jit
 def make_flow(size: Size, key: jax.Array) -> fs.Flow:
     """An untrained flow on the straight path, whose network predicts the velocity."""
-    network = fs.nn.ResidualMLP(LIKE, width=size.width, depth=size.depth, num_classes=CLASSES, dropout=0.1, key=key)
+    network = fs.nn.ResidualMLP(
+        LIKE, width=size.width, depth=size.depth, num_classes=CLASSES, dropout=0.2, hidden=2 * size.width, key=key
+    )
     return fs.Flow(network, fs.paths.Linear(), fs.predictions.Velocity())
 
 
@@ -107,7 +124,7 @@ def train_flow(flow: fs.Flow, train: Split, size: Size, key: jax.Array, file: Pa
     """Train, save the averaged weights, return the flow with them."""
     batch_key, loss_key = jax.random.split(key)
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, size.steps // 20, size.steps)
-    loss = fs.losses.Regression(times=fs.times.LogitNormal())
+    loss = fs.losses.Regression(times=fs.times.LogitNormal(std=1.5))
     for state in fs.training.fit(
         loss,
         flow,
@@ -256,7 +273,7 @@ def draw_picture(images: np.ndarray, file: Path) -> None:
     )
     for row, images_of_class in zip(axes, images, strict=True):
         for axis, image in zip(row, images_of_class, strict=True):
-            axis.imshow(image, cmap="gray_r", vmin=0, vmax=LEVELS - 1)
+            axis.imshow(image, cmap="gray_r", vmin=0, vmax=LEVELS - 1, interpolation="bicubic")
             axis.set_xticks([])
             axis.set_yticks([])
     figure.savefig(file, dpi=120, bbox_inches="tight")
@@ -274,6 +291,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/digits"), help="folder for what is written")
     options = parser.parse_args()
     size = SMOKE if options.smoke else FULL
+    # So small, a program takes longer to optimise than to run.
+    jax.config.update("jax_disable_most_optimizations", options.smoke)
     options.out.mkdir(parents=True, exist_ok=True)
     model_key, train_key, classifier_key, sample_key, noise_key = jax.random.split(jax.random.key(0), 5)
     train, held_out = load()

@@ -7,6 +7,7 @@ Times inside are s = -t (see `dynamics`); times that go in and come out are path
 
 import typing
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import diffrax
@@ -29,8 +30,8 @@ from .solvers import AbstractFlowSolver
 _T = TypeVar("_T")
 
 # Chosen by tests/benchmarks/default_solver.py.
-DEFAULT_SOLVER = diffrax.Ralston()
-DEFAULT_GRID = Power(32, 3.0)
+DEFAULT_SOLVER = diffrax.Ralston
+DEFAULT_GRID = partial(Power, 32, 3.0)
 
 
 class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -73,7 +74,7 @@ def settle(
         )
     path = flow.path
     if solver is None:
-        solver = DEFAULT_SOLVER
+        solver = DEFAULT_SOLVER()
     _check_type(solver, diffrax.AbstractSolver, "solver", "an instance such as fs.solvers.DDIM() or diffrax.Tsit5()")
     dynamics = _settle_dynamics(solver, dynamics)
     if dynamics.stochastic and encode:
@@ -86,7 +87,7 @@ def settle(
         t_start = path.t_data if t_start is None else t_start
         t_end = path.t_noise if t_end is None else t_end
     if controller is None:
-        grid = DEFAULT_GRID if grid is None else grid
+        grid = DEFAULT_GRID() if grid is None else grid
         _check_type(grid, AbstractGrid, "grid", "an instance such as fs.grids.Uniform(20)")
         times = grid(path, t_start, t_end)
         start = _check_time(path, times[0], "The grid's first time")
@@ -111,6 +112,16 @@ def settle(
     settings = Settings(solver, dynamics, ts, controller, start, end)
     _check_singular(flow, settings)
     return settings
+
+
+def opaque(settings: Settings) -> Settings:
+    """The same settings, kept from the compiler where they are constants.
+
+    In a user's own jit they are, and folding them rounds otherwise than computing with them: behind this barrier a
+    vmapped `solve` gives the bits of `sample`.
+    """
+    arrays, rest = eqx.partition(settings, eqx.is_array)
+    return eqx.combine(jax.lax.optimization_barrier(arrays), rest)
 
 
 def check_network(flow: AbstractFlow, like: Like, args: Args) -> None:
@@ -153,6 +164,7 @@ def integrate(
         throw=False,
         progress_meter=diffrax.NoProgressMeter() if progress_meter is None else progress_meter,
     )
+    assert sol.ys is not None and sol.ts is not None
     ys, final = sol.ys
     ts, _ = sol.ts
     result = RESULTS.promote(sol.result)
@@ -186,10 +198,10 @@ def raise_on_failure(sol: diffrax.Solution, value: _T) -> _T:
     if failed.size:
         first = jax.tree.map(lambda codes: jnp.ravel(codes)[failed[0]], sol.result)
         which = (
-            f"{failed.size} of {np.size(bad)} examples, the first is number {failed[0]}" if np.ndim(bad) else "no batch"
+            f" for {failed.size} of {np.size(bad)} examples, the first is number {failed[0]}" if np.ndim(bad) else ""
         )
         raise RuntimeError(
-            f"The solve failed ({which}): {RESULTS[first]} With throw=False, `solve` returns the result of every example."
+            f"The solve failed{which}: {RESULTS[first]} With throw=False, `solve` returns the result of each example."
         )
     return value
 
@@ -222,7 +234,7 @@ def _evaluation_counts(solver: diffrax.AbstractSolver) -> tuple[int, int] | None
         return None if counts is None else (3 * counts[0], counts[1])
     if isinstance(solver, AbstractFlowSolver) or hasattr(solver, "evaluations_per_step"):
         return solver.evaluations_per_step, solver.evaluations_at_start  # pyright: ignore
-    if isinstance(solver, diffrax.AbstractERK):
+    if isinstance(solver, diffrax.AbstractERK) and isinstance(solver.tableau, diffrax.ButcherTableau):
         stages = solver.tableau.num_stages
         # First same as last: the last stage of a step is the first of the next, rejected steps included.
         return (stages - 1, 1) if solver.tableau.fsal else (stages, 0)
@@ -328,8 +340,8 @@ def _check_controller(controller: diffrax.AbstractStepSizeController, solver: di
         )
     if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
         raise ValueError(
-            f"{type(solver).__name__} has no error estimate, but an adaptive controller needs one: pass grid= for fixed "
-            "steps, or a solver with an estimate such as diffrax.Tsit5() (diffrax.HalfSolver adds one to any solver)."
+            f"{type(solver).__name__} has no error estimate, but an adaptive controller needs one: pass grid= for "
+            "fixed steps, or a solver with an estimate such as diffrax.Tsit5() (diffrax.HalfSolver adds one to any)."
         )
 
 
@@ -380,6 +392,6 @@ def _check_singular(flow: AbstractFlow, settings: Settings) -> None:
 
 def _evaluates_end(solver: diffrax.AbstractSolver) -> bool:
     """Whether a step of the solver evaluates the drift at the step's end."""
-    if isinstance(solver, diffrax.AbstractERK):
+    if isinstance(solver, diffrax.AbstractERK) and isinstance(solver.tableau, diffrax.ButcherTableau):
         return bool(np.any(np.asarray(solver.tableau.c) == 1.0))
     return type(solver) is diffrax.ReversibleHeun

@@ -13,6 +13,11 @@ def as_scalar(value: ScalarLike) -> Scalar:
     return jnp.asarray(value).astype(float)
 
 
+def strong(x: State) -> State:
+    """The same arrays without weak types, with which a second call would trace again."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), x)
+
+
 def linear_combination(coefficients: Sequence[ScalarLike], trees: Sequence[State]) -> State:
     """sum_i coefficients[i] * trees[i], computed in each leaf's own dtype."""
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
 from ._checks import check_key
@@ -59,11 +60,11 @@ class Exact(AbstractDivergence):
     def apply(self, field: Callable[[State], State], x: State, probes: PyTree) -> tuple[State, Scalar]:
         del probes
         value, derivative = jax.linearize(field, x)
-        flat, unravel = jax.flatten_util.ravel_pytree(x)
+        flat, unravel = ravel_pytree(x)
 
         def diagonal_entry(index):
             basis = jnp.zeros_like(flat).at[index].set(1)
-            return jax.flatten_util.ravel_pytree(derivative(unravel(basis)))[0][index]
+            return ravel_pytree(derivative(unravel(basis)))[0][index]
 
         entries = jax.lax.map(diagonal_entry, jnp.arange(flat.size), batch_size=self.batch_size or flat.size)
         return value, jnp.sum(entries)
@@ -78,7 +79,7 @@ def rademacher(key: PRNGKey, like: Like) -> State:
 
 
 def gaussian(key: PRNGKey, like: Like) -> State:
-    """Independent standard normal elements."""
+    """Independent standard normal elements, of larger variance than signs."""
     return normal_like(key, like)
 
 

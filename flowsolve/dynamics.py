@@ -17,7 +17,8 @@ In your own `diffrax.diffeqsolve`:
     sol = diffrax.diffeqsolve(terms, diffrax.Tsit5(), -path.t_noise, -path.t_data, None, x, args,
                               stepsize_controller=diffrax.PIDController(rtol=1e-4, atol=1e-4))
 
-Source: Song et al. (2020), arXiv 2011.13456; Karras et al. (2022), arXiv 2206.00364; Ma et al. (2024), arXiv 2401.08740.
+Source: Song et al. (2020), arXiv 2011.13456; Karras et al. (2022), arXiv 2206.00364; Ma et al. (2024),
+arXiv 2401.08740.
 """
 
 import abc
@@ -97,8 +98,8 @@ class ReverseSDE(AbstractDynamics):
     Every eta >= 0 has the same marginals: 0 is the probability flow, 1 the time reversal of the forward SDE. Where
     alpha = 0 (t = 1 on `Linear`) g^2 is infinite: start below, or give a `diffusion` that is finite there.
 
-    **Arguments:** `eta`: noise level >= 0, 1 by default; `diffusion`: None, or a callable t -> w(t) >= 0 in place of eta^2 g^2, for
-    instance `lambda t: 2 * t`.
+    **Arguments:** `eta`: noise level >= 0, 1 by default; `diffusion`: None, or a callable t -> w(t) >= 0 in
+    place of eta^2 g^2, for instance `lambda t: 2 * t`.
 
     Source: Song et al. (2020), arXiv 2011.13456; Ma et al. (2024), arXiv 2401.08740, whose w is this w.
     """
@@ -281,22 +282,23 @@ class TreeNoise(diffrax.AbstractBrownianPath):
     ):
         leaves, self.structure = jax.tree.flatten(shape)
         leaves = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-        self.tree = diffrax.VirtualBrownianTree(t0, t1, tolerance, leaves, key, levy_area=levy_area)
+        start, end, spacing = as_scalar(t0), as_scalar(t1), as_scalar(tolerance)
+        self.tree = diffrax.VirtualBrownianTree(start, end, spacing, leaves, key, levy_area=levy_area)
         self.levy_area = levy_area
 
     @property
-    def t0(self) -> ScalarLike:
+    def t0(self) -> Any:
         """The start of the interval."""
         return self.tree.t0
 
     @property
-    def t1(self) -> ScalarLike:
+    def t1(self) -> Any:
         """The end of the interval."""
         return self.tree.t1
 
     def evaluate(self, t0: ScalarLike, t1: ScalarLike | None = None, left: bool = True, use_levy: bool = False) -> Any:
         """The increment over [t0, t1], with its Levy area if `use_levy`."""
-        increment = self.tree.evaluate(t0, t1, left, use_levy)
+        increment: Any = self.tree.evaluate(as_scalar(t0), None if t1 is None else as_scalar(t1), left, use_levy)
         if not use_levy:
             return jax.tree.unflatten(self.structure, increment)
         parts = {

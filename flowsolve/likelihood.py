@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._checks import check, check_key, check_state
-from ._integrate import Settings, check_network, integrate, raise_on_failure, settle
-from ._numerics import as_scalar, linear_combination, normal_like, tree_dot, tree_size
+from ._integrate import Settings, check_network, integrate, opaque, raise_on_failure, settle
+from ._numerics import as_scalar, linear_combination, normal_like, strong, tree_dot, tree_size
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .divergence import AbstractDivergence, Exact
 from .dynamics import FlowField, ProbabilityFlow
@@ -56,12 +56,14 @@ def log_prob(
     - `flow`, `x_data`, `args`: as in `solve`; `x_data` lies at `t_start`, `t_data` by default;
     - `divergence`: `divergence.Exact()`, or `divergence.Hutchinson(k)`, unbiased, which needs `key`;
     - `solver`, `grid`, `controller`: `diffrax.Dopri8()` and `diffrax.PIDController(rtol=1e-5, atol=1e-5)` by default:
-      the integral is not in the error norm, so a high order is what keeps it accurate. Any solver of ordinary equations; those of `solvers` step through a flow alone and are refused;
+      the integral is not in the error norm, so a high order is what keeps it accurate. Any solver of
+      ordinary equations; those of `solvers` step through a flow alone and are refused;
     - `t_start` < `t_end`, `adjoint`, `max_steps`, `throw`: as in `encode`.
 
     **Returns:** a scalar, differentiable in `x_data`, `args` and the network.
     """
     check_state(x_data, "x_data")
+    x_data = strong(x_data)
     settings = _settle(flow, solver, grid, controller, t_start, t_end, encode=True)
     if divergence.random:
         key = check_key(key, "this divergence")
@@ -190,6 +192,7 @@ def _solve(
     max_steps: int | None,
 ) -> tuple[State, Scalar, diffrax.Solution]:
     """(the final state, the change of ln p along the solve, the solution)."""
+    settings = opaque(settings)
     field = _AugmentedField(FlowField(flow, settings.dynamics), divergence, divergence.probes(x_start, key))
     state = (x_start, jnp.zeros_like(settings.t_start))
     sol = integrate(diffrax.ODETerm(field), settings, state, args, adjoint=adjoint, max_steps=max_steps)

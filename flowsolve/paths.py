@@ -228,7 +228,8 @@ class Linear(AbstractPath):
             raise ValueError(f"Linear got sigma_min = {self.sigma_min}, but wants 0 <= sigma_min < 1.")
 
     def coefficients(self, t: Scalar) -> tuple[Scalar, Scalar]:
-        return 1 - t, self.sigma_min + (1 - self.sigma_min) * t
+        sigma_min = as_scalar(self.sigma_min)
+        return 1 - t, sigma_min + (1 - sigma_min) * t
 
     def time_at(self, alpha: ScalarLike, sigma: ScalarLike) -> Scalar:
         alpha, sigma = as_scalar(alpha), as_scalar(sigma)
@@ -387,7 +388,7 @@ class Geometric(eqx.Module):
 
     def __call__(self, t: Scalar) -> Scalar:
         """sigma(t)."""
-        return self.sigma_min * jnp.exp(t * self._log_ratio())
+        return as_scalar(self.sigma_min) * jnp.exp(t * self._log_ratio())
 
     def inverse(self, sigma: Scalar) -> Scalar:
         """The time at which the schedule has the value `sigma`."""

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from ._checks import check_key, check_state, describe
-from ._integrate import Settings, check_network, integrate, noise_path, raise_on_failure, settle
-from ._numerics import linear_combination, normal_like
+from ._integrate import Settings, check_network, integrate, noise_path, opaque, raise_on_failure, settle
+from ._numerics import linear_combination, normal_like, strong
 from ._types import Args, Like, PRNGKey, ScalarLike, State
 from .dynamics import AbstractDynamics
 from .flow import AbstractFlow
@@ -63,6 +63,7 @@ def solve(
     **Raises:** `ValueError`, `TypeError` for a request that makes no sense; `RuntimeError` for a failed solve.
     """
     check_state(x_start, "x_start")
+    x_start = strong(x_start)
     settings = settle(
         flow, solver=solver, grid=grid, controller=controller, dynamics=dynamics, t_start=t_start, t_end=t_end
     )
@@ -94,6 +95,7 @@ def encode(
     **Returns:** the noise-end state, of the structure of `x_data`.
     """
     check_state(x_data, "x_data")
+    x_data = strong(x_data)
     settings = settle(
         flow,
         solver=solver,
@@ -184,6 +186,7 @@ def _solve(
     max_steps: int | None,
     progress_meter: diffrax.AbstractProgressMeter | None,
 ) -> diffrax.Solution:
+    settings = opaque(settings)
     brownian = None
     if settings.dynamics.stochastic:
         assert key is not None

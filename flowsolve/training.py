@@ -129,7 +129,8 @@ def train_step(
     (value, _), gradient = jax.value_and_grad(value_of, has_aux=True)(parameters)
     # Optax promotes dtypes on its own (Adam raises a float to an integer power), which a user may have forbidden.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        updates, optimiser_state = optimiser.update(gradient, state.optimiser_state, parameters)
+        update = optax.with_extra_args_support(optimiser).update  # some also want the loss
+        updates, optimiser_state = update(gradient, state.optimiser_state, parameters, value=value)
     parameters = eqx.apply_updates(parameters, updates)
     keep = as_scalar(ema)
     average = jax.tree.map(lambda old, new: old + (1 - keep).astype(old.dtype) * (new - old), state.ema, parameters)
@@ -258,7 +259,7 @@ def _finished(state: TrainState, values: np.ndarray, done: int, good: TrainState
     if not bool(_finite_parameters(state.flow)):
         message = f"A parameter is infinite or NaN after step {done}, though the loss was finite. {kept} {advice}"
         raise TrainingDiverged(message, done, good)
-    return eqx.tree_at(lambda s: s.metrics, state, {"loss": jnp.asarray(values.mean(dtype=np.float64), values.dtype)})
+    return eqx.tree_at(lambda s: s.metrics, state, {"loss": as_scalar(values.mean(dtype=np.float64))})
 
 
 def _import_tqdm() -> Callable[..., Any]:

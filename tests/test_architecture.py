@@ -130,9 +130,7 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
 @pytest.mark.quick
 def test_every_room_is_in_the_table():
     unknown = sorted({room(m) for m in FILES} - {""} - set(LAYERS) - set(SIDE_ROOMS))
-    assert not unknown, (
-        f"not in the layer table: {unknown}. Give each a layer, here and in the documentation."
-    )
+    assert not unknown, f"not in the layer table: {unknown}. Give each a layer, here and in the documentation."
 
 
 @pytest.mark.quick
@@ -149,15 +147,11 @@ def test_imports_go_downwards():
                 continue  # what is not in the table fails the test above
             line = f"{where(module, node)} imports {target_module}"
             if not target:
-                wrong.append(
-                    f"{line}: import from the module that defines the name, not from the package."
-                )
+                wrong.append(f"{line}: import from the module that defines the name, not from the package.")
             elif target in SIDE_ROOMS:
                 wrong.append(f"{line}: nothing in the library imports the side room {target!r}.")
             elif source in SIDE_ROOMS and LAYERS[target] > SIDE_ROOMS[source]:
-                wrong.append(
-                    f"{line}: {source!r} may import up to layer {SIDE_ROOMS[source]:g} only."
-                )
+                wrong.append(f"{line}: {source!r} may import up to layer {SIDE_ROOMS[source]:g} only.")
             elif source not in SIDE_ROOMS and LAYERS[target] > LAYERS[source]:
                 wrong.append(f"{line}: layer {LAYERS[source]:g} imports layer {LAYERS[target]:g}.")
     assert not wrong, "imports go downwards only:\n" + "\n".join(wrong)
@@ -170,8 +164,7 @@ def test_no_import_cycles():
     for module in FILES:
         for target in set(modules[module]):
             assert not module.startswith(target + "."), (
-                f"{FILES[module].relative_to(ROOT)} imports its own package {target}: "
-                "import the sibling module."
+                f"{FILES[module].relative_to(ROOT)} imports its own package {target}: import the sibling module."
             )
     cycle = find_cycle(modules)
     assert cycle is None, "import cycle: " + " -> ".join(cycle or [])
@@ -179,9 +172,7 @@ def test_no_import_cycles():
     rooms: dict[str, set[str]] = {}
     for module, targets in modules.items():
         if room(module):
-            rooms.setdefault(room(module), set()).update(
-                {room(t) for t in targets} - {room(module), ""}
-            )
+            rooms.setdefault(room(module), set()).update({room(t) for t in targets} - {room(module), ""})
     cycle = find_cycle(rooms)
     assert cycle is None, "cycle between rooms: " + " -> ".join(cycle or [])
 
@@ -197,19 +188,14 @@ def test_forbidden_syntax():
                         f"{where(module, node)}: `from __future__ import annotations` hides "
                         "annotations from the runtime checks; quote the one that needs it."
                     )
-            elif (
-                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-                and node.args.kwarg
-            ):
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and node.args.kwarg:
                 wrong.append(
                     f"{where(module, node)}: a catch-all **{node.args.kwarg.arg} swallows misspelt "
                     "keywords; name the parameters."
                 )
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 if node.func.id == "print":
-                    wrong.append(
-                        f"{where(module, node)}: a library does not print; return the value."
-                    )
+                    wrong.append(f"{where(module, node)}: a library does not print; return the value.")
                 elif node.func.id == "super":
                     wrong.append(f"{where(module, node)}: no super(): abstract or final; compose.")
     assert not wrong, "\n".join(wrong)
@@ -248,11 +234,7 @@ def module_classes() -> list[type]:
     found = []
     for name in FILES:
         for value in vars(load(name)).values():
-            if (
-                inspect.isclass(value)
-                and issubclass(value, eqx.Module)
-                and value.__module__ == name
-            ):
+            if inspect.isclass(value) and issubclass(value, eqx.Module) and value.__module__ == name:
                 found.append(value)
     return list(dict.fromkeys(found))
 
@@ -272,9 +254,7 @@ def plain_function(attribute: object) -> object | None:
         attribute = attribute.fget
     if isinstance(attribute, classmethod | staticmethod):
         attribute = attribute.__func__
-    attribute = getattr(
-        attribute, "method", attribute
-    )  # the wrapper that Equinox puts around a method
+    attribute = getattr(attribute, "method", attribute)  # the wrapper that Equinox puts around a method
     return attribute if inspect.isfunction(inspect.unwrap(attribute)) else None  # pyright: ignore
 
 
@@ -297,14 +277,9 @@ def test_classes_are_abstract_or_final():
         named_abstract = re.match(r"_?Abstract", cls.__name__) is not None
         missing = abstract_members(cls)
         if named_abstract and not missing:
-            wrong.append(
-                f"{name} has nothing abstract: give it an abstract method or an "
-                "AbstractVar, or rename it."
-            )
+            wrong.append(f"{name} has nothing abstract: give it an abstract method or an AbstractVar, or rename it.")
         if not named_abstract and missing:
-            wrong.append(
-                f"{name} leaves {sorted(missing)} abstract: implement them, or call it Abstract..."
-            )
+            wrong.append(f"{name} leaves {sorted(missing)} abstract: implement them, or call it Abstract...")
         for base in cls.__bases__:
             if is_ours(base) and not re.match(r"_?Abstract", base.__name__):
                 wrong.append(f"{name} subclasses the final class {base.__name__}: wrap it instead.")
@@ -327,9 +302,7 @@ def test_no_concrete_method_is_overridden():
 
 
 def public_names() -> list[tuple[str, str]]:
-    return [
-        (module, name) for module in PUBLIC_MODULES for name in getattr(load(module), "__all__", ())
-    ]
+    return [(module, name) for module in PUBLIC_MODULES for name in getattr(load(module), "__all__", ())]
 
 
 @pytest.mark.quick
@@ -420,8 +393,7 @@ def test_public_names_have_a_page():
         if name not in listed and not name.startswith("__") and not submodule:
             missing.append(f"{module}.{name}")
     assert not missing, (
-        "not listed in docs/api/ (as `- Name` below `::: module`, `options:`, `members:`): "
-        + ", ".join(missing)
+        "not listed in docs/api/ (as `- Name` below `::: module`, `options:`, `members:`): " + ", ".join(missing)
     )
 
 
@@ -432,7 +404,5 @@ def test_pages_list_nothing_that_is_gone():
         if module not in FILES:
             stale.append(f"{module} (no such module)")
             continue
-        stale += [
-            f"{module}.{name}" for name in sorted(names - set(getattr(load(module), "__all__", ())))
-        ]
+        stale += [f"{module}.{name}" for name in sorted(names - set(getattr(load(module), "__all__", ())))]
     assert not stale, "docs/api/ lists what does not exist: " + ", ".join(stale)

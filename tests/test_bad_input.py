@@ -40,7 +40,11 @@ def solve(**settings):
 
 
 CASES = {
-    "output_shape": (lambda: fs.solve(flow(lambda t, x, a, *, key=None: x[:1]), X), ValueError, r"float32\[1\].*batch axis"),
+    "output_shape": (
+        lambda: fs.solve(flow(lambda t, x, a, *, key=None: x[:1]), X),
+        ValueError,
+        r"float32\[1\].*batch axis",
+    ),
     "output_dtype": (
         lambda: fs.solve(flow(lambda t, x, a, *, key=None: x.astype(jnp.bfloat16)), X),
         ValueError,
@@ -82,7 +86,11 @@ CASES = {
         ValueError,
         "Euler has no error estimate.*grid=",
     ),
-    "no_error_estimate_ddim": (lambda: solve(solver=fs.solvers.DDIM(), controller=PID), ValueError, "DDIM has no error"),
+    "no_error_estimate_ddim": (
+        lambda: solve(solver=fs.solvers.DDIM(), controller=PID),
+        ValueError,
+        "DDIM has no error",
+    ),
     "fixed_controller": (
         lambda: solve(solver=diffrax.Tsit5(), controller=diffrax.ConstantStepSize()),
         TypeError,
@@ -116,9 +124,7 @@ CASES = {
         "At t_start = 1 on Linear.*denoised data is not finite from a Noise prediction",
     ),
     "singular_data_end": (
-        lambda: fs.solve(
-            flow(prediction=fs.predictions.Data()), X, solver=diffrax.Heun(), grid=fs.grids.Uniform(3)
-        ),
+        lambda: fs.solve(flow(prediction=fs.predictions.Data()), X, solver=diffrax.Heun(), grid=fs.grids.Uniform(3)),
         ValueError,
         "At t_end = 0 on Linear.*from a Data prediction: move t_end inside",
     ),

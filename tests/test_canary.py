@@ -33,16 +33,12 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("jax_fn", "numpy_fn"), [(jnp.tanh, np.tanh), (square, square)], ids=["tanh", "square"]
-)
+@pytest.mark.parametrize(("jax_fn", "numpy_fn"), [(jnp.tanh, np.tanh), (square, square)], ids=["tanh", "square"])
 @pytest.mark.parametrize("own_matrix", [False, True], ids=["shared", "own"])
 def test_vmapped_matvec_and_reduction(shape, jax_fn, numpy_fn, own_matrix):
     batch, rows, columns = shape
     rng = np.random.default_rng(0)
-    w = rng.normal(size=(batch, rows, columns) if own_matrix else (rows, columns)).astype(
-        np.float32
-    )
+    w = rng.normal(size=(batch, rows, columns) if own_matrix else (rows, columns)).astype(np.float32)
     x = rng.normal(size=(batch, columns)).astype(np.float32)
 
     in_axes = (0 if own_matrix else None, 0)

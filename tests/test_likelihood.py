@@ -217,9 +217,7 @@ def test_bits_per_dim():
     uniform = jnp.asarray(-dim * np.log(2.0))
     np.testing.assert_allclose(fs.bits_per_dim(uniform, dim, bin_width=2 / 256), 8.0, rtol=1e-6)
     standard = -0.5 * dim * np.log(2 * np.pi * np.e)
-    np.testing.assert_allclose(
-        fs.bits_per_dim(jnp.asarray(standard), dim), 0.5 * np.log2(2 * np.pi * np.e), rtol=1e-6
-    )
+    np.testing.assert_allclose(fs.bits_per_dim(jnp.asarray(standard), dim), 0.5 * np.log2(2 * np.pi * np.e), rtol=1e-6)
 
 
 def test_no_retrace():

@@ -168,7 +168,7 @@ def propagated_moments(flow, solver, dynamics, ts, mean, covariance):
 
     units = jnp.concatenate([jnp.zeros((1, 2 + 4 * steps)), jnp.eye(2 + 4 * steps)])
     ends = jax.vmap(solve)(units)
-    response = (ends[1:] - ends[0]).T
+    response = (ends[1:] - ends[:1]).T
     on_x, on_noise = response[:, :2], response[:, 2:]
     return ends[0], on_x @ covariance @ on_x.T + on_noise @ on_noise.T
 

@@ -134,6 +134,12 @@ def test_converges_to_the_velocity_of_a_gaussian():
     np.testing.assert_allclose(bias, intercept, atol=0.03)
 
 
+def test_an_optimiser_may_ask_for_the_loss():
+    optimiser = optax.chain(optax.sgd(0.05), optax.contrib.reduce_on_plateau(patience=1, factor=0.5))
+    *_, state = fit(batch_mean, itertools.repeat(constant(1.0)), optimiser, steps=6)
+    assert state.optimiser_state[1].scale < 1
+
+
 def test_only_the_network_is_trained():
     flow = make_flow()
     *_, state = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), steps=3, flow=flow)

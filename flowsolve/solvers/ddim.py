@@ -29,7 +29,7 @@ _SolverState: TypeAlias = Scalar | None
 
 
 class DDIM(AbstractFlowSolver[_SolverState], diffrax.AbstractItoSolver[_SolverState]):
-    """DDIM(eta): first order, one network evaluation a step, any path, any grid.
+    """The DDIM step with noise level eta: first order, one network evaluation a step, any path, any grid.
 
     **Arguments:** `eta`: the noise level, from 0 (deterministic, uses no key) to 1 (DDPM's ancestral sampling); None
     takes it from the dynamics: 0 for `ProbabilityFlow`, eta for `ReverseSDE(eta)`.
@@ -65,12 +65,12 @@ class DDIM(AbstractFlowSolver[_SolverState], diffrax.AbstractItoSolver[_SolverSt
             _level_of(dynamics)
 
     def order(self, terms: diffrax.AbstractTerm) -> int:
-        """1."""
+        """The order of convergence on the probability flow: 1."""
         del terms
         return 1
 
     def strong_order(self, terms: diffrax.AbstractTerm) -> float:
-        """1/2, as for any one-step scheme that freezes the network over a step."""
+        """1/2, as for any scheme that freezes the network over a step."""
         del terms
         return 0.5
 
@@ -104,21 +104,21 @@ class DDIM(AbstractFlowSolver[_SolverState], diffrax.AbstractItoSolver[_SolverSt
         path = field.flow.path
         t, s = -direction * as_scalar(t0), -direction * as_scalar(t1)
         alpha_s, sigma_s = path.coefficients(s)
-        if noise is None:
+        if noise is None or solver_state is None:
             y1 = field.mixture((alpha_s, sigma_s, jnp.ones_like(s)), t, y0, args)
         else:
             _, fresh = path.noise_split(s, t)
             fresh = fresh * solver_state
             kept = jnp.sqrt((1 - fresh) * (1 + fresh))
             mean = field.mixture((alpha_s, sigma_s * kept, jnp.ones_like(s)), t, y0, args)
-            increment = noise.contr(t0, t1)
+            increment = noise.contr(as_scalar(t0), as_scalar(t1))
             scale = sigma_s * fresh / jnp.sqrt(as_scalar(t1) - as_scalar(t0))
             y1 = linear_combination((1.0, scale), (mean, increment))
         return y1, None, {"y0": y0, "y1": y1}, solver_state, diffrax.RESULTS.successful
 
     def func(self, terms: diffrax.AbstractTerm, t0: ScalarLike, y0: State, args: Args) -> Any:
-        """The vector field of the terms."""
-        return terms.vf(t0, y0, args)
+        """The vector field of the terms, which Diffrax asks for to choose a first step."""
+        return terms.vf(as_scalar(t0), y0, args)
 
 
 def _check_level(eta: Scalar) -> Scalar:
