@@ -25,8 +25,8 @@ class ClassifierFree(AbstractFlow):
     """Classifier-free guidance, u + scale (c - u), both from one batched network evaluation.
 
     **Arguments:** `flow`: a flow trained with and without its condition; `scale`: 0 unconditional, 1 conditional,
-    larger for more guidance (the convention 1 + w has w = scale - 1), an array, so a new value does not retrace; `null`: the
-    `args` that stand for no condition, shaped as the condition.
+    larger for more guidance (the convention 1 + w has w = scale - 1), an array, so a new value does not retrace;
+    `null`: the `args` that stand for no condition, shaped as the condition.
 
     Source: Ho & Salimans (2022), arXiv 2207.12598.
     """

@@ -4,8 +4,8 @@ All three integrate a flow's dynamics (see `dynamics`) with any Diffrax solver o
 with an adaptive controller. Times are path times: sampling runs from `t_noise` down to `t_data`, encoding up again.
 
 Swap per call: the same flow with another `solver`, `grid`, `controller` or `dynamics`; nothing is rebuilt. Left open,
-the solver is `diffrax.Ralston()` on `grids.Power(32, 3.0)`, 64 network evaluations: the best pair over four paths in
-`tests/benchmarks/default_solver.py`, and one that never evaluates the network at the data end itself.
+the solver is `diffrax.Ralston()` on `grids.Power(32, 3.0)`, 64 network evaluations: the best, in
+`tests/benchmarks/default_solver.py`, of the pairs that never evaluate the network at the data end itself.
 """
 
 import diffrax
