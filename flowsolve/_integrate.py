@@ -142,13 +142,23 @@ def integrate(
     progress_meter: diffrax.AbstractProgressMeter | None = None,
 ) -> diffrax.Solution:
     """Run one solve of any terms in s = -t; never raises on a numerical failure, but marks it in `result`."""
+    if isinstance(adjoint, diffrax.BacksolveAdjoint) and settings.ts is not None:
+        raise ValueError(
+            "BacksolveAdjoint solves backwards in time, which a grid of fixed steps cannot follow: pass controller=, or "
+            "leave the adjoint out for diffrax.RecursiveCheckpointAdjoint()."
+        )
     if settings.ts is None:
         assert settings.controller is not None
         controller, steps = settings.controller, max_steps
     else:
         controller, steps = diffrax.StepTo(settings.ts), settings.ts.shape[0] - 1
-    saveat = diffrax.SaveAt(t1=True) if saveat is None else saveat
     last = diffrax.SubSaveAt(t1=True)
+    if saveat is None:
+        asked = diffrax.SaveAt(subs=last)
+    else:
+        # The last state as well, which tells whether the solve stayed finite.
+        turned = _in_solver_time(saveat)
+        asked = eqx.tree_at(lambda s: s.subs, turned, (turned.subs, last))
     sol = diffrax.diffeqsolve(
         terms,
         settings.solver,
@@ -157,7 +167,7 @@ def integrate(
         None,
         x_start,
         args,
-        saveat=eqx.tree_at(lambda s: s.subs, _in_solver_time(saveat), (_in_solver_time(saveat).subs, last)),
+        saveat=asked,
         stepsize_controller=controller,
         adjoint=diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
         max_steps=steps,
@@ -165,8 +175,7 @@ def integrate(
         progress_meter=diffrax.NoProgressMeter() if progress_meter is None else progress_meter,
     )
     assert sol.ys is not None and sol.ts is not None
-    ys, final = sol.ys
-    ts, _ = sol.ts
+    ts, ys, final = (sol.ts, sol.ys, sol.ys) if saveat is None else (sol.ts[0], sol.ys[0], sol.ys[1])
     result = RESULTS.promote(sol.result)
     finite = all_finite(final)
     result = RESULTS.where(finite | (result != RESULTS.successful), result, RESULTS.non_finite)

@@ -12,6 +12,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from ._checks import check_key, check_state, describe
@@ -115,7 +116,7 @@ def sample(
     flow: AbstractFlow,
     like: Like,
     *,
-    num: int,
+    num: int | np.integer,
     key: PRNGKey,
     args: Args = None,
     solver: diffrax.AbstractSolver | None = None,
@@ -148,8 +149,9 @@ def sample(
     """
     check_state(like, "like")
     key = check_key(key, "sampling")
-    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
+    if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 1:
         raise ValueError(f"num is {num!r}, but wants the number of samples, an integer of at least 1.")
+    num = int(num)
     _check_batch(args, num)
     settings = settle(
         flow, solver=solver, grid=grid, controller=controller, dynamics=dynamics, t_start=t_start, t_end=t_end

@@ -128,6 +128,11 @@ CASES = {
         ValueError,
         "At t_end = 0 on Linear.*from a Data prediction: move t_end inside",
     ),
+    "backsolve_on_a_grid": (
+        lambda: solve(adjoint=diffrax.BacksolveAdjoint()),
+        ValueError,
+        "BacksolveAdjoint solves backwards in time.*pass controller=",
+    ),
     "noise_level_twice": (
         lambda: solve(solver=fs.solvers.DDIM(1.0), dynamics=SDE, key=KEY),
         ValueError,

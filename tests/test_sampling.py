@@ -331,6 +331,20 @@ def test_gradients_through_a_solve_agree_with_finite_differences(name, x64):
     np.testing.assert_allclose(gradient, difference, rtol=1e-6)
 
 
+@pytest.mark.parametrize("adjoint", [diffrax.DirectAdjoint(), diffrax.BacksolveAdjoint(), diffrax.ForwardMode()])
+def test_every_adjoint_gives_the_same_gradient(adjoint):
+    settings = {"solver": diffrax.Tsit5(), "controller": diffrax.PIDController(rtol=1e-5, atol=1e-5)}
+    if not isinstance(adjoint, diffrax.BacksolveAdjoint):
+        settings = {"grid": fs.grids.Uniform(4)}
+
+    def value(x, adjoint=None):
+        return jnp.sum(fs.solve(FLOW, x, adjoint=adjoint, throw=False, **settings).ys[-1] ** 2)
+
+    x = jnp.linspace(-1.0, 1.0, 8)
+    differentiate = jax.jacfwd if isinstance(adjoint, diffrax.ForwardMode) else jax.grad
+    np.testing.assert_allclose(differentiate(value)(x, adjoint), jax.grad(value)(x), rtol=1e-3, atol=1e-4)
+
+
 def test_no_retrace(standard_promotion):
     """Another key, other labels, another tolerance, noise level or guidance scale: one trace of the network."""
     network = eqx.debug.assert_max_traces(Mlp(jax.random.key(0)), max_traces=1)
