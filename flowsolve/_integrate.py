@@ -22,7 +22,7 @@ from ._numerics import all_finite, as_scalar
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .dynamics import AbstractDynamics, ProbabilityFlow, StepNoise, TreeNoise, network_output
 from .flow import AbstractFlow
-from .grids import AbstractGrid, Power
+from .grids import AbstractGrid, LogSNR
 from .paths import AbstractPath
 from .predictions import is_singular
 from .solvers import AbstractFlowSolver
@@ -31,16 +31,7 @@ _T = TypeVar("_T")
 
 # Chosen by tests/benchmarks/default_solver.py.
 DEFAULT_SOLVER = diffrax.Ralston
-DEFAULT_GRID = partial(Power, 32, 3.0)
-
-
-class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
-    """Diffrax's results, and the one that a fixed-step solve does not notice."""
-
-    non_finite = (
-        "The state became NaN or infinite. Check the network's output (NaN weights, a time outside its training "
-        "range), take more steps or a tighter tolerance, or keep away from a singular end with t_start or t_end."
-    )
+DEFAULT_GRID = partial(LogSNR, 32)
 
 
 class Settings(eqx.Module):
@@ -75,7 +66,7 @@ def settle(
     path = flow.path
     if solver is None:
         solver = DEFAULT_SOLVER()
-    _check_type(solver, diffrax.AbstractSolver, "solver", "an instance such as fs.solvers.DDIM() or diffrax.Tsit5()")
+    check_type(solver, diffrax.AbstractSolver, "solver", "an instance such as fs.solvers.DDIM() or diffrax.Tsit5()")
     dynamics = _settle_dynamics(solver, dynamics)
     if dynamics.stochastic and encode:
         raise ValueError("encode follows the probability flow, but got a stochastic dynamics or solver: leave it out.")
@@ -88,7 +79,7 @@ def settle(
         t_end = path.t_noise if t_end is None else t_end
     if controller is None:
         grid = DEFAULT_GRID() if grid is None else grid
-        _check_type(grid, AbstractGrid, "grid", "an instance such as fs.grids.Uniform(20)")
+        check_type(grid, AbstractGrid, "grid", "an instance such as fs.grids.Uniform(20)")
         times = grid(path, t_start, t_end)
         start = _check_time(path, times[0], "The grid's first time")
         end = _check_time(path, times[-1], "The grid's last time")
@@ -99,6 +90,7 @@ def settle(
                 "Both grid and controller were given: grid= is for fixed steps, controller= for adaptive ones."
             )
         _check_controller(controller, solver)
+        controller = _controller_in_solver_time(controller)
         controller = jax.tree.map(lambda leaf: as_scalar(leaf) if isinstance(leaf, float) else leaf, controller)
         start = as_scalar(path.t_noise if t_start is None else t_start)
         end = as_scalar(path.t_data if t_end is None else t_end)
@@ -107,7 +99,7 @@ def settle(
     end = check(
         end,
         (start >= end) if encode else (start <= end),
-        f"The solve goes from t = {_show(start)} to t = {_show(end)}, but its times must {wanted}: exchange the ends.",
+        f"The solve goes from t = {_show(start)} to t = {_show(end)}, but its times must {wanted}.",
     )
     settings = Settings(solver, dynamics, ts, controller, start, end)
     _check_singular(flow, settings)
@@ -142,10 +134,12 @@ def integrate(
     progress_meter: diffrax.AbstractProgressMeter | None = None,
 ) -> diffrax.Solution:
     """Run one solve of any terms in s = -t; never raises on a numerical failure, but marks it in `result`."""
+    if adjoint is not None:
+        check_type(adjoint, diffrax.AbstractAdjoint, "adjoint", "an instance such as diffrax.ForwardMode()")
     if isinstance(adjoint, diffrax.BacksolveAdjoint) and settings.ts is not None:
         raise ValueError(
-            "BacksolveAdjoint solves backwards in time, which a grid of fixed steps cannot follow: pass controller=, or "
-            "leave the adjoint out for diffrax.RecursiveCheckpointAdjoint()."
+            "BacksolveAdjoint solves backwards in time, which a grid of fixed steps cannot follow: pass controller=, "
+            "or leave the adjoint out for diffrax.RecursiveCheckpointAdjoint()."
         )
     if settings.ts is None:
         assert settings.controller is not None
@@ -153,12 +147,11 @@ def integrate(
     else:
         controller, steps = diffrax.StepTo(settings.ts), settings.ts.shape[0] - 1
     last = diffrax.SubSaveAt(t1=True)
-    if saveat is None:
-        asked = diffrax.SaveAt(subs=last)
-    else:
-        # The last state as well, which tells whether the solve stayed finite.
-        turned = _in_solver_time(saveat)
-        asked = eqx.tree_at(lambda s: s.subs, turned, (turned.subs, last))
+    # The last state as well, which tells whether the solve stayed finite. (BacksolveAdjoint allows one kind alone.)
+    with_last = saveat is not None and not isinstance(adjoint, diffrax.BacksolveAdjoint)
+    asked = diffrax.SaveAt(subs=last) if saveat is None else _in_solver_time(saveat)
+    if with_last:
+        asked = eqx.tree_at(lambda s: s.subs, asked, (asked.subs, last))
     sol = diffrax.diffeqsolve(
         terms,
         settings.solver,
@@ -175,10 +168,14 @@ def integrate(
         progress_meter=diffrax.NoProgressMeter() if progress_meter is None else progress_meter,
     )
     assert sol.ys is not None and sol.ts is not None
-    ts, ys, final = (sol.ts, sol.ys, sol.ys) if saveat is None else (sol.ts[0], sol.ys[0], sol.ys[1])
-    result = RESULTS.promote(sol.result)
-    finite = all_finite(final)
-    result = RESULTS.where(finite | (result != RESULTS.successful), result, RESULTS.non_finite)
+    ts, ys, final = (sol.ts[0], sol.ys[0], sol.ys[1]) if with_last else (sol.ts, sol.ys, sol.ys)
+    successful = diffrax.RESULTS.successful
+    # A fixed-step solve does not notice NaN by itself.
+    result = diffrax.RESULTS.where(
+        all_finite(final) | (sol.result != successful),
+        sol.result,
+        diffrax.RESULTS.nonfinite,  # pyright: ignore[reportArgumentType]
+    )
     interpolation = sol.interpolation
     if interpolation is not None:
         interpolation = eqx.tree_at(lambda i: i.direction, interpolation, -interpolation.direction)
@@ -200,7 +197,7 @@ def integrate(
 
 def raise_on_failure(sol: diffrax.Solution, value: _T) -> _T:
     """Return `value`; raise one sentence if `sol`, or any example of a batch of it, failed (at run time if traced)."""
-    bad = sol.result != RESULTS.successful
+    bad = sol.result != diffrax.RESULTS.successful
     if not is_concrete(bad):
         return sol.result.error_if(value, bad)
     failed = np.flatnonzero(np.asarray(bad))
@@ -210,9 +207,38 @@ def raise_on_failure(sol: diffrax.Solution, value: _T) -> _T:
             f" for {failed.size} of {np.size(bad)} examples, the first is number {failed[0]}" if np.ndim(bad) else ""
         )
         raise RuntimeError(
-            f"The solve failed{which}: {RESULTS[first]} With throw=False, `solve` returns the result of each example."
+            f"The solve failed{which}: {diffrax.RESULTS[first]} Check the network for NaN or infinite output, take "
+            "more steps or a looser tolerance, or keep away from a singular end with t_start or t_end; with "
+            "throw=False, `solve` returns the result of each example."
         )
     return value
+
+
+def nan_on_failure(sol: diffrax.Solution, value: PyTree) -> PyTree:
+    """`value`, NaN in the examples whose solve failed: no partial answer passes for a whole one."""
+    failed = sol.result != diffrax.RESULTS.successful
+
+    def mask(leaf: Array) -> Array:
+        return jnp.where(jnp.reshape(failed, failed.shape + (1,) * (leaf.ndim - failed.ndim)), jnp.nan, leaf)
+
+    return jax.tree.map(mask, value)
+
+
+def check_saveat(saveat: diffrax.SaveAt, settings: Settings) -> None:
+    """Raise unless the times to save at, where known, run with the solve and inside it."""
+    check_type(saveat, diffrax.SaveAt, "saveat", "an instance such as diffrax.SaveAt(ts=...)")
+    start, end = settings.t_start, settings.t_end
+    for sub in jax.tree.leaves(saveat.subs, is_leaf=lambda leaf: isinstance(leaf, diffrax.SubSaveAt)):
+        if sub.ts is None or not is_concrete((sub.ts, start, end)):
+            continue
+        ts = np.asarray(sub.ts)
+        sign = 1 if end > start else -1
+        inside = (sign * ts >= sign * float(start)) & (sign * ts <= sign * float(end))
+        if not np.all(inside) or np.any(sign * np.diff(ts) < 0):
+            raise ValueError(
+                f"saveat.ts are path times and must run as the solve does, from t = {_show(start)} to {_show(end)}: "
+                "sort them that way and leave out those outside."
+            )
 
 
 def noise_path(settings: Settings, like: Like, key: PRNGKey) -> diffrax.AbstractBrownianPath:
@@ -227,7 +253,8 @@ def noise_path(settings: Settings, like: Like, key: PRNGKey) -> diffrax.Abstract
 def evaluations(solver: diffrax.AbstractSolver, num_steps: Any) -> Any:
     """The number of network evaluations of `num_steps` steps, accepted or rejected; None for an unknown solver.
 
-    A solver from elsewhere states its own with two attributes, `evaluations_per_step` and `evaluations_at_start`.
+    A solver from elsewhere states its own with the attribute `evaluations_per_step` and, if not 0,
+    `evaluations_at_start`.
     """
     counts = _evaluation_counts(solver)
     if counts is None:
@@ -242,7 +269,7 @@ def _evaluation_counts(solver: diffrax.AbstractSolver) -> tuple[int, int] | None
         counts = _evaluation_counts(solver.solver)
         return None if counts is None else (3 * counts[0], counts[1])
     if isinstance(solver, AbstractFlowSolver) or hasattr(solver, "evaluations_per_step"):
-        return solver.evaluations_per_step, solver.evaluations_at_start  # pyright: ignore
+        return solver.evaluations_per_step, getattr(solver, "evaluations_at_start", 0)  # pyright: ignore
     if isinstance(solver, diffrax.AbstractERK) and isinstance(solver.tableau, diffrax.ButcherTableau):
         stages = solver.tableau.num_stages
         # First same as last: the last stage of a step is the first of the next, rejected steps included.
@@ -274,11 +301,22 @@ def _in_solver_time(saveat: diffrax.SaveAt) -> diffrax.SaveAt:
 
     def turn(sub: diffrax.SubSaveAt) -> diffrax.SubSaveAt:
         ts = None if sub.ts is None else -jnp.asarray(sub.ts)
-        function = _InPathTime(sub.fn)
+        function = sub.fn if sub.fn is diffrax.SubSaveAt(t1=True).fn else _InPathTime(sub.fn)
         return eqx.tree_at(lambda s: (s.ts, s.fn), sub, (ts, function), is_leaf=lambda leaf: leaf is None)
 
     is_sub = lambda leaf: isinstance(leaf, diffrax.SubSaveAt)  # noqa: E731
     return eqx.tree_at(lambda s: s.subs, saveat, jax.tree.map(turn, saveat.subs, is_leaf=is_sub))
+
+
+def _controller_in_solver_time(controller: diffrax.AbstractStepSizeController) -> diffrax.AbstractStepSizeController:
+    """A user's controller with its `step_ts` and `jump_ts`, if any, turned from path time to s = -t."""
+    if not isinstance(controller, diffrax.ClipStepSizeController):
+        return controller
+    turned = [None if ts is None else jnp.sort(-jnp.asarray(ts)) for ts in (controller.step_ts, controller.jump_ts)]
+    inner = _controller_in_solver_time(controller.controller)
+    return eqx.tree_at(
+        lambda c: (c.step_ts, c.jump_ts, c.controller), controller, (*turned, inner), is_leaf=lambda leaf: leaf is None
+    )
 
 
 class _InPathTime(eqx.Module):
@@ -302,8 +340,9 @@ def _settle_dynamics(solver: diffrax.AbstractSolver, dynamics: AbstractDynamics 
             f"The noise level was given twice, by {name}(eta) and by dynamics: keep one, {name}() with "
             "dynamics=ReverseSDE(eta), or the solver's eta alone."
         )
-    _check_type(dynamics, AbstractDynamics, "dynamics", "an instance such as fs.dynamics.ReverseSDE(eta=1.0)")
-    if not isinstance(solver.term_structure, type) and not _wants_noise(solver):
+    check_type(dynamics, AbstractDynamics, "dynamics", "an instance such as fs.dynamics.ReverseSDE(eta=1.0)")
+    stochastic = isinstance(solver, diffrax.AbstractItoSolver | diffrax.AbstractStratonovichSolver)
+    if not isinstance(solver.term_structure, type) and not (_wants_noise(solver) and stochastic):
         raise TypeError(
             f"{name} is a solver for split or second-order systems, but a flow is one first-order equation: use e.g. "
             "diffrax.Heun(), diffrax.Tsit5() or fs.solvers.DDIM()."
@@ -315,8 +354,7 @@ def _settle_dynamics(solver: diffrax.AbstractSolver, dynamics: AbstractDynamics 
         )
     if isinstance(inner, AbstractFlowSolver):
         inner.check_dynamics(dynamics)
-    converges = isinstance(solver, diffrax.AbstractItoSolver | diffrax.AbstractStratonovichSolver)
-    if dynamics.stochastic and not converges:
+    if dynamics.stochastic and not stochastic:
         raise ValueError(
             f"{name} does not converge for a stochastic equation: use diffrax.Euler(), diffrax.EulerHeun(), "
             "diffrax.ShARK() or fs.solvers.DDIM() with ReverseSDE, or leave the dynamics at ProbabilityFlow."
@@ -354,7 +392,7 @@ def _check_controller(controller: diffrax.AbstractStepSizeController, solver: di
         )
 
 
-def _check_type(value: object, wanted: type, name: str, example: str) -> None:
+def check_type(value: object, wanted: type, name: str, example: str) -> None:
     if not isinstance(value, wanted):
         given = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
         raise TypeError(f"{name} is {given}, but wants {example}.")
@@ -364,11 +402,11 @@ def _check_time(path: AbstractPath, t: ScalarLike, name: str) -> Scalar:
     """`t` as a scalar; raise if it is outside the path and not its clean end, where sigma = 0."""
     t = as_scalar(t)
     low, high = as_scalar(path.t_data), as_scalar(path.t_noise)
-    inside = (t >= low) & (t <= high)
+    given = f" is {float(t):g}," if is_concrete(t) else " is"
     return check(
         t,
-        ~(inside | (path.coefficients(t)[1] == 0)),
-        f"{name} is {_show(t)}, outside {type(path).__name__}, which runs from t_data = {_show(low)} to "
+        ~path.contains(t),
+        f"{name}{given} outside {type(path).__name__}, which runs from t_data = {_show(low)} to "
         f"t_noise = {_show(high)}: take a time inside.",
     )
 
@@ -394,13 +432,13 @@ def _check_singular(flow: AbstractFlow, settings: Settings) -> None:
             raise ValueError(
                 f"At {name} = {_show(t)} on {type(path).__name__} (alpha = {_show(path.alpha(t))}, "
                 f"sigma = {_show(path.sigma(t))}) {what} is not finite from a {type(flow.prediction).__name__} "
-                f"prediction: move {name} inside the path"
-                + ("." if steps_through_flow else ", or use a solver such as fs.solvers.DDIM() that takes the limit.")
+                f"prediction: move {name} inside the path, or use a solver or a prediction that is regular there."
             )
 
 
 def _evaluates_end(solver: diffrax.AbstractSolver) -> bool:
     """Whether a step of the solver evaluates the drift at the step's end."""
+    solver = _unwrapped(solver)
     if isinstance(solver, diffrax.AbstractERK) and isinstance(solver.tableau, diffrax.ButcherTableau):
         return bool(np.any(np.asarray(solver.tableau.c) == 1.0))
     return type(solver) is diffrax.ReversibleHeun

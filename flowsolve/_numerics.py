@@ -4,18 +4,40 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ._types import Like, PRNGKey, Scalar, ScalarLike, State
 
 
 def as_scalar(value: ScalarLike) -> Scalar:
-    """`value` as a strongly typed scalar of JAX's default float: float32, float64 under x64."""
-    return jnp.asarray(value).astype(float)
+    """`value` as a strongly typed scalar of JAX's default float: float32, float64 under x64.
+
+    **Raises:** `ValueError` for anything but one number.
+    """
+    array = jnp.asarray(value)
+    if array.ndim != 0:
+        raise ValueError(
+            f"A number was wanted, but an array of shape {array.shape} was given: everything here takes one example "
+            "and one time, so batch with jax.vmap."
+        )
+    return array.astype(float)
 
 
-def strong(x: State) -> State:
-    """The same arrays without weak types, with which a second call would trace again."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), x)
+def state_dtype(dtype: DTypeLike) -> DTypeLike:
+    """The dtype in which a state of this dtype is solved: float32 at least, float64 under x64, as time is."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.zeros(()).dtype)
+
+
+def as_state(x: State) -> State:
+    """Arrays as Diffrax solves them: of `state_dtype`, and without weak types, which would trace again."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, state_dtype(leaf.dtype)), x)
+
+
+def safe_sqrt(x: Scalar) -> Scalar:
+    """sqrt(x) whose derivative at 0 is 0, not infinite: for coefficients that vanish there together with a factor."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
 def linear_combination(coefficients: Sequence[ScalarLike], trees: Sequence[State]) -> State:

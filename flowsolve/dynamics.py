@@ -110,6 +110,8 @@ class ReverseSDE(AbstractDynamics):
     stochastic: ClassVar[bool] = True
 
     def __init__(self, eta: ScalarLike | None = None, *, diffusion: Callable[[Scalar], Scalar] | None = None):
+        if callable(eta):
+            raise TypeError("ReverseSDE got a callable for eta: pass w(t) by name, ReverseSDE(diffusion=...).")
         if eta is not None and diffusion is not None:
             raise ValueError(
                 "ReverseSDE got both eta and diffusion: give one, diffusion is w(t) in place of eta^2 g^2."

@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._checks import check_state, describe
+from ._checks import check, check_state, describe, is_concrete
 from ._numerics import as_scalar, linear_combination
 from ._types import Args, Network, PRNGKey, Scalar, ScalarLike, State
 from .paths import AbstractPath
@@ -56,6 +56,13 @@ class AbstractFlow(eqx.Module):
     ) -> State:
         """Any prediction at (t, x), converted from the flow's own; raises as `convert` does."""
         t = as_scalar(t)
+        inside = self.path.contains(t)
+        if is_concrete(inside):
+            check(
+                t,
+                ~inside,
+                f"t is {float(t):g}, outside {type(self.path).__name__}: take a time from t_data to t_noise.",
+            )
         return convert(self.path, t, x, self.output(t, x, args, key=key), self.prediction, prediction)
 
     def velocity(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
@@ -191,10 +198,12 @@ class OnPath(AbstractFlow):
     def __init__(self, flow: AbstractFlow, path: AbstractPath):
         self.flow = flow
         self.prediction = flow.prediction
-        ends = (
-            _end_within(path, path.t_data, flow.path, flow.path.t_data, sign=-1),
-            _end_within(path, path.t_noise, flow.path, flow.path.t_noise, sign=1),
-        )
+        # The ends are numbers, also where a flow is moved inside a jit.
+        with jax.ensure_compile_time_eval():
+            ends = (
+                _end_within(path, path.t_data, flow.path, flow.path.t_data, sign=-1),
+                _end_within(path, path.t_noise, flow.path, flow.path.t_noise, sign=1),
+            )
         self.path = eqx.tree_at(lambda p: (p.t_data, p.t_noise), path, ends)
 
     def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:

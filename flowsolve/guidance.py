@@ -38,6 +38,11 @@ class ClassifierFree(AbstractFlow):
     def __init__(self, flow: AbstractFlow, scale: ScalarLike, null: Args):
         self.flow = flow
         self.scale = as_scalar(scale)
+        if not jax.tree.leaves(null):
+            raise ValueError(
+                "ClassifierFree got a null condition without arrays, but wants the args that stand for no condition, "
+                "e.g. null=jnp.asarray(num_classes)."
+            )
         self.null = jax.tree.map(jnp.asarray, null)
 
     @property

@@ -18,11 +18,21 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from ._checks import check, check_key, check_state
-from ._integrate import Settings, check_network, integrate, opaque, raise_on_failure, settle
-from ._numerics import as_scalar, linear_combination, normal_like, strong, tree_dot, tree_size
+from ._integrate import (
+    Settings,
+    check_network,
+    check_type,
+    integrate,
+    nan_on_failure,
+    opaque,
+    raise_on_failure,
+    settle,
+)
+from ._numerics import as_scalar, as_state, normal_like, state_dtype, tree_dot, tree_size
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .divergence import AbstractDivergence, Exact
 from .dynamics import FlowField, ProbabilityFlow
@@ -45,6 +55,8 @@ def log_prob(
     controller: diffrax.AbstractStepSizeController | None = None,
     t_start: ScalarLike | None = None,
     t_end: ScalarLike | None = None,
+    data_mean: ScalarLike = 0.0,
+    data_std: ScalarLike = 0.0,
     adjoint: diffrax.AbstractAdjoint | None = None,
     max_steps: int | None = 4096,
     throw: bool = True,
@@ -58,19 +70,24 @@ def log_prob(
     - `solver`, `grid`, `controller`: `diffrax.Dopri8()` and `diffrax.PIDController(rtol=1e-5, atol=1e-5)` by default:
       the integral is not in the error norm, so a high order is what keeps it accurate. Any solver of
       ordinary equations; those of `solvers` step through a flow alone and are refused;
-    - `t_start` < `t_end`, `adjoint`, `max_steps`, `throw`: as in `encode`.
+    - `t_start` < `t_end`, `adjoint`, `max_steps`, `throw`: as in `encode`;
+    - `data_mean` m, `data_std` s: moments of the data's elements, for a `t_end` below `t_noise`: the prior is then
+      N(alpha m, sigma^2 + alpha^2 s^2), as in `sample`.
 
-    **Returns:** a scalar, differentiable in `x_data`, `args` and the network.
+    **Returns:** a scalar, differentiable in `x_data`, `args` and the network; NaN if the solve failed and `throw` is
+    False.
     """
     check_state(x_data, "x_data")
-    x_data = strong(x_data)
+    x_data = as_state(x_data)
+    check_type(divergence, AbstractDivergence, "divergence", "an instance such as fs.divergence.Exact()")
     settings = _settle(flow, solver, grid, controller, t_start, t_end, encode=True)
     if divergence.random:
         key = check_key(key, "this divergence")
     check_network(flow, x_data, args)
     x_noise, change, sol = _solve(flow, x_data, args, settings, divergence, key, adjoint, max_steps)
-    value = _log_prior(flow, settings.t_end, x_noise) - change
-    return raise_on_failure(sol, value) if throw else value
+    moments = flow.path.start(settings.t_end, data_mean=data_mean, data_std=data_std)
+    value = _log_prior(moments, x_noise) - change
+    return raise_on_failure(sol, value) if throw else nan_on_failure(sol, value)
 
 
 def sample_and_log_prob(
@@ -85,6 +102,8 @@ def sample_and_log_prob(
     controller: diffrax.AbstractStepSizeController | None = None,
     t_start: ScalarLike | None = None,
     t_end: ScalarLike | None = None,
+    data_mean: ScalarLike = 0.0,
+    data_std: ScalarLike = 0.0,
     adjoint: diffrax.AbstractAdjoint | None = None,
     max_steps: int | None = 4096,
     throw: bool = True,
@@ -98,17 +117,19 @@ def sample_and_log_prob(
     """
     check_state(like, "like")
     start_key, probe_key = jax.random.split(check_key(key, "sampling"))
+    check_type(divergence, AbstractDivergence, "divergence", "an instance such as fs.divergence.Exact()")
     settings = _settle(flow, solver, grid, controller, t_start, t_end, encode=False)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, state_dtype(leaf.dtype)), like)
     check_network(flow, like, args)
-    _, std = flow.path.start(settings.t_start)
-    x_noise = linear_combination((std,), (normal_like(start_key, like),))
+    mean, std = moments = flow.path.start(settings.t_start, data_mean=data_mean, data_std=data_std)
+    noise = normal_like(start_key, like)
+    x_noise = jax.tree.map(lambda leaf: std.astype(leaf.dtype) * leaf + mean.astype(leaf.dtype), noise)
     x_data, change, sol = _solve(flow, x_noise, args, settings, divergence, probe_key, adjoint, max_steps)
-    value = _log_prior(flow, settings.t_start, x_noise) + change
-    return raise_on_failure(sol, (x_data, value)) if throw else (x_data, value)
+    result = (x_data, _log_prior(moments, x_noise) + change)
+    return raise_on_failure(sol, result) if throw else nan_on_failure(sol, result)
 
 
-def bits_per_dim(log_prob: Scalar, dim: int, *, bin_width: ScalarLike = 1.0) -> Scalar:
+def bits_per_dim(log_prob: Scalar, dim: int | np.integer, *, bin_width: ScalarLike = 1.0) -> Scalar:
     """Bits per dimension: -(ln p + d ln bin_width) / (d ln 2).
 
     **Arguments:** `log_prob`: ln p in nats of continuous data, for integers those with uniform noise added
@@ -117,11 +138,11 @@ def bits_per_dim(log_prob: Scalar, dim: int, *, bin_width: ScalarLike = 1.0) -> 
 
     Source: Theis, van den Oord & Bethge (2015), arXiv 1511.01844.
     """
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+    if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or dim < 1:
         raise ValueError(f"dim is {dim!r}, but wants the number of elements of one example, an integer of at least 1.")
     width = as_scalar(bin_width)
     width = check(width, ~(width > 0), f"bin_width is {bin_width}, but wants the positive width of one level.")
-    return -(log_prob / dim + jnp.log(width)) / math.log(2)
+    return -(log_prob / int(dim) + jnp.log(width)) / math.log(2)
 
 
 class _AugmentedField(eqx.Module):
@@ -200,7 +221,9 @@ def _solve(
     return x_end, change, sol
 
 
-def _log_prior(flow: AbstractFlow, t: Scalar, x: State) -> Scalar:
-    """ln N(x; 0, sigma(t)^2 I)."""
-    _, std = flow.path.start(t)
-    return -0.5 * as_scalar(tree_dot(x, x)) / std**2 - tree_size(x) * (jnp.log(std) + 0.5 * math.log(2 * math.pi))
+def _log_prior(moments: tuple[Scalar, Scalar], x: State) -> Scalar:
+    """ln N(x; mean, std^2 I)."""
+    mean, std = moments
+    centred = jax.tree.map(lambda leaf: leaf - mean.astype(leaf.dtype), x)
+    square = as_scalar(tree_dot(centred, centred))
+    return -0.5 * square / std**2 - tree_size(x) * (jnp.log(std) + 0.5 * math.log(2 * math.pi))

@@ -26,7 +26,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from ._checks import check
 from ._numerics import as_scalar, linear_combination
@@ -168,7 +168,15 @@ class AbstractPath(eqx.Module):
         **Returns:** two scalars that hold for every element.
         """
         alpha, sigma = self.coefficients(as_scalar(self.t_noise if t is None else t))
-        return alpha * as_scalar(data_mean), jnp.sqrt(sigma**2 + (alpha * as_scalar(data_std)) ** 2)
+        std = as_scalar(data_std)
+        std = check(std, std < 0, f"data_std is {data_std}, but wants a standard deviation, >= 0.")
+        return alpha * as_scalar(data_mean), jnp.sqrt(sigma**2 + (alpha * std) ** 2)
+
+    def contains(self, t: ScalarLike) -> Bool[Array, ""]:
+        """Whether the time t lies between the path's ends or on its clean end below them, where sigma = 0."""
+        t = as_scalar(t)
+        inside = (t >= as_scalar(self.t_data)) & (t <= as_scalar(self.t_noise))
+        return inside | (self.coefficients(t)[1] == 0)
 
 
 def _check_ends(path: AbstractPath, lowest: float, highest: float) -> None:
@@ -471,7 +479,7 @@ class Discrete(AbstractPath):
     Source: Ho, Jain & Abbeel (2020), arXiv 2006.11239. Deviation: times between two steps are defined too.
     """
 
-    betas: tuple[float, ...]
+    betas: tuple[float, ...] = eqx.field(static=True)
     t_data: ScalarLike
     t_noise: ScalarLike
 

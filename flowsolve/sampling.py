@@ -4,8 +4,8 @@ All three integrate a flow's dynamics (see `dynamics`) with any Diffrax solver o
 with an adaptive controller. Times are path times: sampling runs from `t_noise` down to `t_data`, encoding up again.
 
 Swap per call: the same flow with another `solver`, `grid`, `controller` or `dynamics`; nothing is rebuilt. Left open,
-the solver is `diffrax.Ralston()` on `grids.Power(32, 3.0)`, 64 network evaluations: the best, in
-`tests/benchmarks/default_solver.py`, of the pairs that never evaluate the network at the data end itself.
+the solver is `diffrax.Ralston()` on `grids.LogSNR(32)`, 64 network evaluations: the pair of the smallest mean error
+over eight paths in `tests/benchmarks/default_solver.py`.
 """
 
 import diffrax
@@ -16,8 +16,18 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from ._checks import check_key, check_state, describe
-from ._integrate import Settings, check_network, integrate, noise_path, opaque, raise_on_failure, settle
-from ._numerics import linear_combination, normal_like, strong
+from ._integrate import (
+    Settings,
+    check_network,
+    check_saveat,
+    integrate,
+    nan_on_failure,
+    noise_path,
+    opaque,
+    raise_on_failure,
+    settle,
+)
+from ._numerics import as_state, linear_combination, normal_like, state_dtype
 from ._types import Args, Like, PRNGKey, ScalarLike, State
 from .dynamics import AbstractDynamics
 from .flow import AbstractFlow
@@ -50,7 +60,7 @@ def solve(
 
     - `flow`: any flow; `x_start`: one example at `t_start`; `args`: its label, mask or context;
     - `solver`: any explicit Diffrax solver or one of `solvers`; `diffrax.Ralston()` by default;
-    - `grid`: fixed steps, `grids.Power(32, 3.0)` by default; or `controller`: adaptive ones, e.g.
+    - `grid`: fixed steps, `grids.LogSNR(32)` by default; or `controller`: adaptive ones, e.g.
       `diffrax.PIDController(rtol=1e-4, atol=1e-4)`;
     - `dynamics`: `dynamics.ProbabilityFlow()` by default, or `dynamics.ReverseSDE(eta)`, which needs `key`;
     - `t_start`, `t_end`: path times, `t_noise` and `t_data` by default;
@@ -64,13 +74,15 @@ def solve(
     **Raises:** `ValueError`, `TypeError` for a request that makes no sense; `RuntimeError` for a failed solve.
     """
     check_state(x_start, "x_start")
-    x_start = strong(x_start)
+    x_start = as_state(x_start)
     settings = settle(
         flow, solver=solver, grid=grid, controller=controller, dynamics=dynamics, t_start=t_start, t_end=t_end
     )
     if settings.dynamics.stochastic:
         key = check_key(key, f"solving a stochastic equation with {type(settings.solver).__name__}")
     check_network(flow, x_start, args)
+    if saveat is not None:
+        check_saveat(saveat, settings)
     sol = _solve(flow, x_start, args, settings, key, saveat, adjoint, max_steps, progress_meter)
     return raise_on_failure(sol, sol) if throw else sol
 
@@ -93,10 +105,10 @@ def encode(
 
     **Arguments:** as in `solve`, with `t_start` < `t_end`: `t_data` and `t_noise` by default.
 
-    **Returns:** the noise-end state, of the structure of `x_data`.
+    **Returns:** the noise-end state, of the structure of `x_data`; NaN where the solve failed and `throw` is False.
     """
     check_state(x_data, "x_data")
-    x_data = strong(x_data)
+    x_data = as_state(x_data)
     settings = settle(
         flow,
         solver=solver,
@@ -109,7 +121,8 @@ def encode(
     )
     check_network(flow, x_data, args)
     sol = _solve(flow, x_data, args, settings, None, None, adjoint, max_steps, None)
-    return _last(raise_on_failure(sol, sol) if throw else sol)
+    x = _last(sol)
+    return raise_on_failure(sol, x) if throw else nan_on_failure(sol, x)
 
 
 def sample(
@@ -145,7 +158,10 @@ def sample(
     - `data_mean`, `data_std`: moments of the data's elements, for a start below `t_noise`: the start is then
       N(alpha m, sigma^2 + alpha^2 s^2).
 
-    **Returns:** the samples, like `like` with a leading axis of length `num`.
+    **Returns:** the samples, like `like` with a leading axis of length `num`, of float32 (float64 under x64), which is
+    what a state is solved in. With `throw=False` the examples whose solve failed are NaN.
+
+    **Raises:** as `solve`.
     """
     check_state(like, "like")
     key = check_key(key, "sampling")
@@ -157,10 +173,11 @@ def sample(
         flow, solver=solver, grid=grid, controller=controller, dynamics=dynamics, t_start=t_start, t_end=t_end
     )
     moments = flow.path.start(settings.t_start, data_mean=data_mean, data_std=data_std)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, state_dtype(leaf.dtype)), like)
     check_network(flow, like, jax.tree.map(lambda leaf: leaf[0] if eqx.is_array_like(leaf) else leaf, args))
     sol = _sample(flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter)
-    return _last(raise_on_failure(sol, sol) if throw else sol, axis=1)
+    x = _last(sol, axis=1)
+    return raise_on_failure(sol, x) if throw else nan_on_failure(sol, x)
 
 
 @eqx.filter_jit

@@ -1,7 +1,7 @@
 r"""The training loop: a pure, compiled step, and a generator around it.
 
-With theta the parameters of the flow's network (its floating-point arrays; path parameters are plain numbers and stay),
-an optimiser of Optax and the step n = 0, 1, ...,
+With theta the floating-point arrays of the flow (of a `Flow`, those of its network: path parameters are plain
+numbers and stay), an optimiser of Optax and the step n = 0, 1, ...,
 
 $$\theta_{n+1} = \theta_n + \mathrm{update}(\nabla_\theta\, \mathrm{loss}(\mathrm{flow}_{\theta_n}, \mathrm{batch}_n;
   \mathrm{key}_n)), \qquad

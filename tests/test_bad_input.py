@@ -133,6 +133,32 @@ CASES = {
         ValueError,
         "BacksolveAdjoint solves backwards in time.*pass controller=",
     ),
+    "saveat_backwards": (
+        lambda: solve(saveat=diffrax.SaveAt(ts=jnp.array([0.1, 0.9]))),
+        ValueError,
+        "must run as the solve does, from t = 1 to 0",
+    ),
+    "saveat_list": (lambda: solve(saveat=[0.5]), TypeError, "saveat is a list"),
+    "imex_solver": (lambda: solve(solver=diffrax.KenCarp3()), TypeError, "split or second-order"),
+    "divergence_class": (
+        lambda: fs.log_prob(FLOW, X, divergence=fs.divergence.Exact),
+        TypeError,
+        "divergence is the class Exact",
+    ),
+    "diffusion_as_eta": (lambda: fs.dynamics.ReverseSDE(lambda t: t), TypeError, r"ReverseSDE\(diffusion="),
+    "batched_scale": (
+        lambda: fs.guidance.ClassifierFree(FLOW, jnp.ones(2), jnp.asarray(0)),
+        ValueError,
+        r"array of shape \(2,\).*jax.vmap",
+    ),
+    "batched_time": (
+        lambda: FLOW.velocity(jnp.array([0.1, 0.2]), jnp.ones((2, 2))),
+        ValueError,
+        r"array of shape \(2,\).*jax.vmap",
+    ),
+    "time_outside_flow": (lambda: FLOW.velocity(1.7, X), ValueError, "t is 1.7, outside Linear"),
+    "no_null": (lambda: fs.guidance.ClassifierFree(FLOW, 1.0, None), ValueError, "null condition without arrays"),
+    "negative_std": (lambda: sample(t_start=0.5, data_std=-1.0), ValueError, "data_std is -1.0.*>= 0"),
     "noise_level_twice": (
         lambda: solve(solver=fs.solvers.DDIM(1.0), dynamics=SDE, key=KEY),
         ValueError,

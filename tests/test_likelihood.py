@@ -210,6 +210,15 @@ def test_the_log_density_stays_out_of_the_error_norm():
     assert calls["encode"] == calls["log_prob"]
 
 
+def test_log_prob_from_a_prior_below_t_noise():
+    """With the data's moments the prior at t_end is exact, so the density is too."""
+    data = fs.testing.Gaussian.isotropic(jnp.full((3,), 0.3), 0.5)
+    flow = data.flow(fs.paths.Linear(), fs.predictions.Velocity())
+    settings = {**TIGHT, "t_end": 0.6, "data_mean": 0.3, "data_std": 0.5, "throw": False}
+    x = jnp.array([0.1, 0.5, -0.4])
+    np.testing.assert_allclose(fs.log_prob(flow, x, **settings), data.log_prob(flow.path, 0.0, x), atol=1e-3)
+
+
 @pytest.mark.quick
 def test_bits_per_dim():
     """A uniform density over 256 levels scaled to [-1, 1] costs exactly 8 bits."""

@@ -9,7 +9,6 @@ import pytest
 from members import gaussian_flow_map
 
 import flowsolve as fs
-from flowsolve._integrate import RESULTS
 
 LIKE = jax.ShapeDtypeStruct((8,), jnp.float32)
 KEY = jax.random.key(3)
@@ -282,12 +281,12 @@ def test_a_nan_is_a_result_and_an_error():
     )
     x, args = jnp.ones((3, 2)), jnp.array([0, 1, 0])
     sol = jax.vmap(lambda x, args: fs.solve(flow, x, args, grid=fs.grids.Uniform(3), throw=False))(x, args)
-    failed = np.asarray(sol.result == RESULTS.non_finite)
+    failed = np.asarray(sol.result == diffrax.RESULTS.nonfinite)
     assert failed.tolist() == [False, True, False]
     assert np.isfinite(np.asarray(sol.ys)[[0, 2]]).all()
-    with pytest.raises(RuntimeError, match=r"1 of 3 examples, the first is number 1.*NaN or infinite"):
+    with pytest.raises(RuntimeError, match=r"1 of 3 examples, the first is number 1.*[Nn]onfinite"):
         fs.sample(flow, jax.ShapeDtypeStruct((2,), jnp.float32), num=3, key=KEY, args=args)
-    with pytest.raises(RuntimeError, match="NaN or infinite"):
+    with pytest.raises(RuntimeError, match="Nonfinite"):
         fs.solve(flow, jnp.ones(2), jnp.asarray(1))
     with pytest.raises(RuntimeError, match="max_steps"):
         fs.solve(
@@ -298,6 +297,64 @@ def test_a_nan_is_a_result_and_an_error():
             controller=diffrax.PIDController(rtol=1e-6, atol=1e-6),
             max_steps=2,
         )
+
+
+@pytest.mark.quick
+def test_what_failed_is_nan_and_never_a_partial_answer():
+    """`sample`, `encode` and `log_prob` with throw=False, when the steps run out."""
+    flow = gaussian(fs.paths.Linear())
+    settings = {"solver": diffrax.Tsit5(), "controller": diffrax.PIDController(rtol=1e-5, atol=1e-5), "max_steps": 3}
+    x = jnp.array([0.3, 0.2])
+    assert np.isnan(
+        fs.sample(flow, jax.ShapeDtypeStruct((2,), jnp.float32), num=2, key=KEY, throw=False, **settings)
+    ).all()
+    assert np.isnan(fs.encode(flow, x, throw=False, **settings)).all()
+    assert np.isnan(fs.log_prob(flow, x, throw=False, **settings))
+
+
+def test_half_precision_is_raised_before_noise_is_drawn():
+    still = fs.Flow(lambda t, x, args, *, key=None: jnp.zeros_like(x), fs.paths.Linear(), fs.predictions.Velocity())
+    x = fs.sample(still, jax.ShapeDtypeStruct((4096,), jnp.bfloat16), num=1, key=KEY, grid=fs.grids.Uniform(1))
+    assert x.dtype == jnp.float32 and len(np.unique(x)) > 4000
+
+
+def test_a_controllers_own_times_are_path_times():
+    controller = diffrax.ClipStepSizeController(
+        diffrax.PIDController(rtol=1e-2, atol=1e-2), step_ts=jnp.array([0.7, 0.3])
+    )
+    saveat = diffrax.SaveAt(steps=True)
+    ts = fs.solve(
+        gaussian(fs.paths.Linear()),
+        jnp.ones(2),
+        solver=diffrax.Tsit5(),
+        controller=controller,
+        saveat=saveat,
+        max_steps=64,
+    ).ts
+    for t in (0.7, 0.3):
+        assert np.min(np.abs(np.asarray(ts) - t)) < 1e-6
+
+
+def test_half_solver_around_a_runge_kutta_solver():
+    controller = diffrax.PIDController(rtol=1e-4, atol=1e-4)
+    sol = fs.solve(
+        gaussian(fs.paths.Linear()), jnp.ones(2), solver=diffrax.HalfSolver(diffrax.Heun()), controller=controller
+    )
+    exact = gaussian_flow_map(fs.paths.Linear(), MEAN, COVARIANCE, 1.0, 0.0, np.ones(2))
+    np.testing.assert_allclose(sol.ys[-1], exact, atol=1e-3)
+
+
+def test_ddim_inside_a_users_jit():
+    """eta = 0 needs no key there either, and the gradient in eta is finite at 1."""
+    flow, grid = gaussian(fs.paths.Linear()), fs.grids.Uniform(4)
+    plain = fs.solve(flow, jnp.ones(2), solver=fs.solvers.DDIM(), grid=grid).ys
+    inside = jax.jit(lambda x: fs.solve(flow, x, solver=fs.solvers.DDIM(0.0), grid=grid, throw=False).ys)(jnp.ones(2))
+    np.testing.assert_allclose(inside, plain, rtol=1e-5)
+
+    def value(eta):
+        return jnp.sum(fs.solve(flow, jnp.ones(2), solver=fs.solvers.DDIM(eta), grid=grid, key=KEY, throw=False).ys)
+
+    assert np.isfinite(jax.grad(value)(1.0))
 
 
 # --- gradients and retraces -----------------------------------------------------------------------------------------

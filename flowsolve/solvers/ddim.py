@@ -15,10 +15,13 @@ from typing import Any, ClassVar, TypeAlias
 
 import diffrax
 import equinox as eqx
+import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 
-from .._checks import check, is_concrete
-from .._numerics import as_scalar, linear_combination
+from .._checks import check
+from .._numerics import as_scalar, linear_combination, safe_sqrt
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, ProbabilityFlow, ReverseSDE, unwrap
 from .base import AbstractFlowSolver
@@ -48,9 +51,10 @@ class DDIM(AbstractFlowSolver[_SolverState], diffrax.AbstractItoSolver[_SolverSt
     evaluations_at_start: ClassVar[int] = 0
 
     def __init__(self, eta: ScalarLike | None = None):
-        level = None if eta is None else _check_level(as_scalar(eta))
-        self.stochastic = None if level is None else not (is_concrete(level) and bool(level == 0))
-        self.eta = level
+        # Told from what was given, as inside a user's jit the scalar made of it is traced.
+        zero = not isinstance(eta, jax.core.Tracer) and eta is not None and np.size(eta) == 1 and bool(eta == 0)
+        self.stochastic = None if eta is None else not zero
+        self.eta = None if eta is None else _check_level(as_scalar(eta))
 
     @property
     def default_dynamics(self) -> AbstractDynamics | None:
@@ -109,7 +113,7 @@ class DDIM(AbstractFlowSolver[_SolverState], diffrax.AbstractItoSolver[_SolverSt
         else:
             _, fresh = path.noise_split(s, t)
             fresh = fresh * solver_state
-            kept = jnp.sqrt((1 - fresh) * (1 + fresh))
+            kept = safe_sqrt((1 - fresh) * (1 + fresh))
             mean = field.mixture((alpha_s, sigma_s * kept, jnp.ones_like(s)), t, y0, args)
             increment = noise.contr(as_scalar(t0), as_scalar(t1))
             scale = sigma_s * fresh / jnp.sqrt(as_scalar(t1) - as_scalar(t0))
