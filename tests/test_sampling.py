@@ -102,7 +102,9 @@ def test_step_noise_depends_on_the_step_and_not_on_rounding():
     first = noise.evaluate(ts[3], ts[4])
     np.testing.assert_allclose(moved.evaluate(moved.ts[3], moved.ts[4]), first, rtol=1e-5)
     assert not np.allclose(first, noise.evaluate(ts[4], ts[5]), atol=1e-2)
-    assert not np.allclose(first, noise.evaluate(ts[3], 0.5 * (ts[3] + ts[4])), atol=1e-2)
+    middle = 0.5 * (ts[3] + ts[4])
+    assert not np.allclose(first / jnp.sqrt(2.0), noise.evaluate(ts[3], middle), atol=1e-2)
+    assert not np.allclose(first / jnp.sqrt(2.0), noise.evaluate(middle, ts[4]), atol=1e-2)
 
 
 def test_step_noise_has_the_moments_of_brownian_motion():

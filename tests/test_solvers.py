@@ -154,6 +154,26 @@ class GivenNoise(diffrax.AbstractBrownianPath):
         return diffrax.SpaceTimeLevyArea(dt=dt, W=w, H=jnp.sqrt(dt / 12) * self.h[step])
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_step_is_the_papers(eta, x64):
+    """x_s = alpha_s x_0 + sqrt(sigma_s^2 - (eta q)^2) eps + eta q z with q^2 = sigma_s^2 (1 - SNR_t / SNR_s), by hand.
+
+    Moments cannot tell one noise level from another: every level has the right marginals.
+    """
+    path = fs.paths.Cosine()
+    flow = gaussian(path)
+    t, s, x, z = 0.7, 0.4, jnp.array([0.8, -0.3]), np.array([0.5, -1.5])
+    terms = fs.dynamics.ReverseSDE(1.0).terms(flow, GivenNoise(jnp.array([-t, -s]), z[None], z[None]))
+    got = diffrax.diffeqsolve(terms, fs.solvers.DDIM(eta), -t, -s, t - s, x).ys[-1]
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = ([float(v) for v in path.coefficients(jnp.asarray(u))] for u in (t, s))
+    data = np.asarray(flow.denoised(t, x))
+    noise = (np.asarray(x) - alpha_t * data) / sigma_t
+    q = sigma_s * np.sqrt(1 - (alpha_t / sigma_t) ** 2 / (alpha_s / sigma_s) ** 2)
+    expected = alpha_s * data + np.sqrt(sigma_s**2 - (eta * q) ** 2) * noise + eta * q * z
+    np.testing.assert_allclose(got, expected, rtol=1e-10)
+
+
 @eqx.filter_jit
 def propagated_moments(flow, solver, dynamics, ts, mean, covariance):
     """Mean and covariance of a scheme that is linear on a Gaussian, from its response to unit inputs: exact."""
