@@ -34,6 +34,11 @@ def as_state(x: State) -> State:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, state_dtype(leaf.dtype)), x)
 
 
+def state_like(like: Like) -> Like:
+    """The shapes of one example with the dtypes of `as_state`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, state_dtype(leaf.dtype)), like)
+
+
 def safe_sqrt(x: Scalar) -> Scalar:
     """sqrt(x) whose derivative at 0 is 0, not infinite: for coefficients that vanish there together with a factor."""
     positive = x > 0
@@ -59,6 +64,13 @@ def normal_like(key: PRNGKey, like: Like) -> State:
     keys = jax.random.split(key, len(leaves))
     noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, noise)
+
+
+def normal_with(key: PRNGKey, like: Like, moments: tuple[Scalar, Scalar]) -> State:
+    """Independent normal elements of one mean and standard deviation, `moments`, shaped like `like`."""
+    mean, std = moments
+    noise = linear_combination((std,), (normal_like(key, like),))
+    return jax.tree.map(lambda leaf: leaf + mean.astype(leaf.dtype), noise)
 
 
 def tree_size(tree: Like) -> int:

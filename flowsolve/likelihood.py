@@ -32,7 +32,7 @@ from ._integrate import (
     raise_on_failure,
     settle,
 )
-from ._numerics import as_scalar, as_state, normal_like, state_dtype, tree_dot, tree_size
+from ._numerics import as_scalar, as_state, normal_with, state_like, tree_dot, tree_size
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .divergence import AbstractDivergence, Exact
 from .dynamics import FlowField, ProbabilityFlow
@@ -119,11 +119,10 @@ def sample_and_log_prob(
     start_key, probe_key = jax.random.split(check_key(key, "sampling"))
     check_type(divergence, AbstractDivergence, "divergence", "an instance such as fs.divergence.Exact()")
     settings = _settle(flow, solver, grid, controller, t_start, t_end, encode=False)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, state_dtype(leaf.dtype)), like)
+    like = state_like(like)
     check_network(flow, like, args)
-    mean, std = moments = flow.path.start(settings.t_start, data_mean=data_mean, data_std=data_std)
-    noise = normal_like(start_key, like)
-    x_noise = jax.tree.map(lambda leaf: std.astype(leaf.dtype) * leaf + mean.astype(leaf.dtype), noise)
+    moments = flow.path.start(settings.t_start, data_mean=data_mean, data_std=data_std)
+    x_noise = normal_with(start_key, like, moments)
     x_data, change, sol = _solve(flow, x_noise, args, settings, divergence, probe_key, adjoint, max_steps)
     result = (x_data, _log_prior(moments, x_noise) + change)
     return raise_on_failure(sol, result) if throw else nan_on_failure(sol, result)

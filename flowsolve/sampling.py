@@ -27,7 +27,7 @@ from ._integrate import (
     raise_on_failure,
     settle,
 )
-from ._numerics import as_state, linear_combination, normal_like, state_dtype
+from ._numerics import as_state, normal_with, state_like
 from ._types import Args, Like, PRNGKey, ScalarLike, State
 from .dynamics import AbstractDynamics
 from .flow import AbstractFlow
@@ -173,7 +173,7 @@ def sample(
         flow, solver=solver, grid=grid, controller=controller, dynamics=dynamics, t_start=t_start, t_end=t_end
     )
     moments = flow.path.start(settings.t_start, data_mean=data_mean, data_std=data_std)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, state_dtype(leaf.dtype)), like)
+    like = state_like(like)
     check_network(flow, like, jax.tree.map(lambda leaf: leaf[0] if eqx.is_array_like(leaf) else leaf, args))
     sol = _sample(flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter)
     x = _last(sol, axis=1)
@@ -182,12 +182,9 @@ def sample(
 
 @eqx.filter_jit
 def _sample(flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter) -> diffrax.Solution:
-    mean, std = moments
-
     def one(index: Int[Array, ""], args: Args) -> diffrax.Solution:
         start_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
-        noise = normal_like(start_key, like)
-        x_start = jax.tree.map(lambda leaf: leaf + mean.astype(leaf.dtype), linear_combination((std,), (noise,)))
+        x_start = normal_with(start_key, like, moments)
         return _solve(flow, x_start, args, settings, noise_key, None, adjoint, max_steps, progress_meter)
 
     return eqx.filter_vmap(one, in_axes=(0, eqx.if_array(0)))(jnp.arange(num), args)
