@@ -4,6 +4,7 @@ Data at small t, noise at large t; every function takes one example, batched by 
 """
 
 from . import (
+    brownian,
     divergence,
     dynamics,
     flow,
@@ -20,6 +21,7 @@ from . import (
     testing,
     times,
     training,
+    tuning,
 )
 from .dynamics import ProbabilityFlow, ReverseSDE
 from .flow import AbstractFlow, Flow, OnPath, TimeReversed
@@ -37,6 +39,7 @@ __all__ = [
     "ReverseSDE",
     "TimeReversed",
     "bits_per_dim",
+    "brownian",
     "convert",
     "divergence",
     "dynamics",
@@ -59,4 +62,5 @@ __all__ = [
     "testing",
     "times",
     "training",
+    "tuning",
 ]

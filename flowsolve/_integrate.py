@@ -8,7 +8,7 @@ Times inside are s = -t (see `dynamics`); times that go in and come out are path
 import typing
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import diffrax
 import equinox as eqx
@@ -20,12 +20,14 @@ from jaxtyping import Array, Float, PyTree
 from ._checks import check, is_concrete
 from ._numerics import all_finite, as_scalar
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
-from .dynamics import AbstractDynamics, ProbabilityFlow, StepNoise, TreeNoise, network_output
+from .brownian import StepNoise, TreeNoise
+from .dynamics import AbstractDynamics, ProbabilityFlow, ReverseSDE, network_output
 from .flow import AbstractFlow
 from .grids import AbstractGrid, LogSNR
 from .paths import AbstractPath
 from .predictions import is_singular
-from .solvers import AbstractFlowSolver
+from .solvers import DDIM, AbstractFlowSolver, Restart, TunedMultistep, UniPC
+from .solvers.counts import evaluations
 
 _T = TypeVar("_T")
 
@@ -101,6 +103,8 @@ def settle(
         (start >= end) if encode else (start <= end),
         f"The solve goes from t = {_show(start)} to t = {_show(end)}, but its times must {wanted}.",
     )
+    if isinstance(solver, Restart | TunedMultistep | UniPC):
+        solver = solver.for_times(jnp.stack([start, end]) if ts is None else -ts)
     settings = Settings(solver, dynamics, ts, controller, start, end)
     _check_singular(flow, settings)
     return settings
@@ -250,52 +254,6 @@ def noise_path(settings: Settings, like: Like, key: PRNGKey) -> diffrax.Abstract
     return StepNoise(like, key, settings.ts, levy_area)
 
 
-def evaluations(solver: diffrax.AbstractSolver, num_steps: Any) -> Any:
-    """The number of network evaluations of `num_steps` steps, accepted or rejected; None for an unknown solver.
-
-    A solver from elsewhere states its own with the attribute `evaluations_per_step` and, if not 0,
-    `evaluations_at_start`.
-    """
-    counts = _evaluation_counts(solver)
-    if counts is None:
-        return None
-    per_step, at_start = counts
-    return per_step * num_steps + at_start
-
-
-def _evaluation_counts(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
-    """(evaluations per step, evaluations before the first step)."""
-    if type(solver) is diffrax.HalfSolver:
-        counts = _evaluation_counts(solver.solver)
-        return None if counts is None else (3 * counts[0], counts[1])
-    if isinstance(solver, AbstractFlowSolver) or hasattr(solver, "evaluations_per_step"):
-        return solver.evaluations_per_step, getattr(solver, "evaluations_at_start", 0)  # pyright: ignore
-    if isinstance(solver, diffrax.AbstractERK) and isinstance(solver.tableau, diffrax.ButcherTableau):
-        stages = solver.tableau.num_stages
-        # First same as last: the last stage of a step is the first of the next, rejected steps included.
-        return (stages - 1, 1) if solver.tableau.fsal else (stages, 0)
-    if isinstance(solver, diffrax.AbstractSRK):
-        return _drift_stages(solver), 0
-    return _COUNTS.get(type(solver))
-
-
-def _drift_stages(solver: diffrax.AbstractSRK) -> int:
-    """Stages at which a stochastic Runge-Kutta solver evaluates the drift."""
-    stages = len(solver.tableau.b_sol)
-    ignored = solver.tableau.ignore_stage_f
-    return stages if ignored is None else stages - int(np.sum(np.asarray(ignored)))
-
-
-_COUNTS: dict[type, tuple[int, int]] = {
-    diffrax.Euler: (1, 0),
-    diffrax.EulerHeun: (1, 0),
-    diffrax.ItoMilstein: (1, 0),
-    diffrax.StratonovichMilstein: (1, 0),
-    diffrax.LeapfrogMidpoint: (1, 0),
-    diffrax.ReversibleHeun: (1, 1),
-}
-
-
 def _in_solver_time(saveat: diffrax.SaveAt) -> diffrax.SaveAt:
     """A user's `SaveAt` in path time, turned to s = -t."""
 
@@ -332,12 +290,11 @@ def _settle_dynamics(solver: diffrax.AbstractSolver, dynamics: AbstractDynamics 
     """The dynamics asked for, by name or through the solver's own noise level; raises where the two disagree."""
     name = type(solver).__name__
     inner = _unwrapped(solver)
-    own = inner.default_dynamics if isinstance(inner, AbstractFlowSolver) else None
     if dynamics is None:
-        dynamics = ProbabilityFlow() if own is None else own
-    elif own is not None and (own.stochastic or dynamics.stochastic):
+        dynamics = inner.default_dynamics if isinstance(inner, AbstractFlowSolver) else ProbabilityFlow()
+    elif isinstance(inner, DDIM) and inner.eta is not None and (inner.stochastic or dynamics.stochastic):
         raise ValueError(
-            f"The noise level was given twice, by {name}(eta) and by dynamics: keep one, {name}() with "
+            "The noise level was given twice, by DDIM(eta) and by dynamics: keep one, DDIM() with "
             "dynamics=ReverseSDE(eta), or the solver's eta alone."
         )
     check_type(dynamics, AbstractDynamics, "dynamics", "an instance such as fs.dynamics.ReverseSDE(eta=1.0)")
@@ -352,6 +309,8 @@ def _settle_dynamics(solver: diffrax.AbstractSolver, dynamics: AbstractDynamics 
             f"{name} solves stochastic equations only, but the dynamics is ProbabilityFlow: pass "
             "dynamics=ReverseSDE(eta=1.0), or a solver for ordinary equations such as diffrax.Heun()."
         )
+    if isinstance(dynamics, ReverseSDE) and dynamics.noiseless and not _wants_noise(solver):
+        dynamics = ProbabilityFlow()
     if isinstance(inner, AbstractFlowSolver):
         inner.check_dynamics(dynamics)
     if dynamics.stochastic and not stochastic:

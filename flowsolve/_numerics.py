@@ -1,10 +1,14 @@
-"""Arithmetic on pytrees: linear combinations, noise shaped like a state, sums over all elements."""
+"""Arithmetic: linear combinations of pytrees, noise shaped like a state, powers and integrals of scalars."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from ._types import Like, PRNGKey, Scalar, ScalarLike, State
 
@@ -43,6 +47,71 @@ def safe_sqrt(x: Scalar) -> Scalar:
     """sqrt(x) whose derivative at 0 is 0, not infinite: for coefficients that vanish there together with a factor."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def safe_power(base: Scalar, exponent: Scalar) -> Scalar:
+    """base^exponent for base, exponent >= 0, with finite derivatives at base = 0; 0^0 = 1."""
+    positive = base > 0
+    power = jnp.exp(exponent * jnp.log(jnp.where(positive, base, 1)))
+    return jnp.where(positive, power, jnp.where(exponent == 0, 1, 0))
+
+
+def increasing_root(function: Callable[[Scalar], Scalar], lower: Scalar, upper: Scalar) -> Scalar:
+    """The root of an increasing scalar function, bracketed by `lower` and `upper`; where there is none, the nearer one.
+
+    It has first and second derivatives in everything that `function` closes over, and none in the bracket.
+    """
+
+    def bisect(_: object, bracket: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        below = function(middle) < 0
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    # Enough halvings for the last bit of a root near 0 as well.
+    bracket = jax.lax.fori_loop(0, 2 * jnp.finfo(lower.dtype).nmant, bisect, (lower, upper))
+    # Exact at the ends, which a bisection only approaches.
+    root = jnp.where(function(lower) >= 0, lower, jnp.where(function(upper) <= 0, upper, bracket[1]))
+    # Newton steps from the fixed root carry the derivatives: one gives the first, two the second as well.
+    root = jax.lax.stop_gradient(root)
+    newton = root
+    for _ in range(2):
+        value, slope = jax.jvp(function, (newton,), (jnp.ones_like(newton),))
+        slope = jnp.where(slope == 0, jnp.finfo(slope.dtype).tiny, slope)
+        newton = newton - value / slope
+    return root + (newton - jax.lax.stop_gradient(newton))
+
+
+def is_zero(value: ScalarLike) -> bool:
+    """Whether `value` is known to be the number 0; what is traced is not."""
+    return not isinstance(value, jax.core.Tracer) and np.size(value) == 1 and bool(np.all(np.asarray(value) == 0))
+
+
+def integral(integrand: Callable[[Scalar], Float[Array, "..."]], start: Scalar, end: Scalar) -> Float[Array, "..."]:
+    """The integral of a smooth function by Gauss-Legendre quadrature with 16 nodes.
+
+    For e^x over a length of 10 this is exact to rounding in float64, over a length of 20 to 1e-11.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    half = (end - start) / 2
+    values = jax.vmap(integrand)(start + half * (1 + jnp.asarray(nodes, half.dtype)))
+    return half * jnp.tensordot(jnp.asarray(weights, half.dtype), values, 1)
+
+
+def phi(order: int, z: Scalar) -> Scalar:
+    r"""phi_k(z) = \int_0^1 e^{(1-u) z} u^{k-1}/(k-1)! du for k >= 1: phi_1 = (e^z - 1)/z, phi_k(0) = 1/k!."""
+    near = jnp.abs(z) < 1
+    small, large = jnp.where(near, z, 0), jnp.where(near, 1, z)
+    near_value = integral(
+        lambda u: jnp.exp((1 - u) * small) * u ** (order - 1) / math.factorial(order - 1),
+        jnp.zeros_like(z),
+        jnp.ones_like(z),
+    )
+    # The recurrence phi_{k+1} = (phi_k - 1/k!)/z cancels where z is small.
+    far_value = jnp.expm1(large) / large
+    for k in range(1, order):
+        far_value = (far_value - 1 / math.factorial(k)) / large
+    return jnp.where(near, near_value, far_value)
 
 
 def linear_combination(coefficients: Sequence[ScalarLike], trees: Sequence[State]) -> State:

@@ -17,30 +17,44 @@ In your own `diffrax.diffeqsolve`:
     sol = diffrax.diffeqsolve(terms, diffrax.Tsit5(), -path.t_noise, -path.t_data, None, x, args,
                               stepsize_controller=diffrax.PIDController(rtol=1e-4, atol=1e-4))
 
+Exponential solvers ask for the noise level $\eta^2 = w/g^2$ and for the share of the noise that a step keeps: over a
+step from t to s < t, with x_0 frozen, $x_s = \alpha_s x_0 + \sigma_s (k \epsilon_t + \sqrt{1 - k^2} z)$ with
+
+$$k = \exp\left(-\int_s^t \frac{w}{2\sigma^2}\, dt\right) = \exp\left(-\int \eta^2\, d\lambda\right),
+\qquad \lambda = \ln(\alpha/\sigma) .$$
+
 Source: Song et al. (2020), arXiv 2011.13456; Karras et al. (2022), arXiv 2206.00364; Ma et al. (2024),
-arXiv 2401.08740.
+arXiv 2401.08740; Xue et al. (2023), arXiv 2309.05019; Cui et al. (2023), arXiv 2309.06169.
 """
 
 import abc
-import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
-from jaxtyping import Array, Float, Int
 
 from ._checks import check
-from ._numerics import as_scalar
-from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
+from ._numerics import as_scalar, integral, is_zero, safe_power
+from ._types import Args, Scalar, ScalarLike, State
+from .brownian import NoiseSource
 from .flow import AbstractFlow
 from .paths import AbstractPath
 from .predictions import Triple, combine
 
-__all__ = ["AbstractDynamics", "FlowField", "ProbabilityFlow", "ReverseSDE", "StepNoise", "TreeNoise", "unwrap"]
+__all__ = [
+    "AbstractDynamics",
+    "AddedNoise",
+    "ExtendedReverseSDE",
+    "FlowField",
+    "ProbabilityFlow",
+    "ReverseSDE",
+    "unwrap",
+]
 
 
 class AbstractDynamics(eqx.Module):
@@ -56,6 +70,14 @@ class AbstractDynamics(eqx.Module):
     @abc.abstractmethod
     def diffusion(self, path: AbstractPath, t: Scalar) -> Scalar:
         """sqrt(w(t)), the scale of dW."""
+
+    @abc.abstractmethod
+    def level_squared(self, path: AbstractPath, t: Scalar) -> Scalar:
+        """The squared noise level eta^2 = w(t)/g(t)^2."""
+
+    @abc.abstractmethod
+    def kept(self, path: AbstractPath, t_from: Scalar, t_to: Scalar) -> Scalar:
+        """The share k of the noise at `t_from` that is left at `t_to` < `t_from`, see the top of this module."""
 
     @abc.abstractmethod
     def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
@@ -84,6 +106,14 @@ class ProbabilityFlow(AbstractDynamics):
         del path
         return jnp.zeros_like(t)
 
+    def level_squared(self, path: AbstractPath, t: Scalar) -> Scalar:
+        del path
+        return jnp.zeros_like(t)
+
+    def kept(self, path: AbstractPath, t_from: Scalar, t_to: Scalar) -> Scalar:
+        del path, t_from
+        return jnp.ones_like(t_to)
+
     def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
         if brownian is not None:
             raise ValueError(
@@ -92,24 +122,64 @@ class ProbabilityFlow(AbstractDynamics):
         return diffrax.ODETerm(FlowField(flow, self))
 
 
+class AddedNoise(AbstractDynamics):
+    """The probability flow, with noise at hand for solvers that add their own: `Churn`, `Restart`.
+
+    The equation itself is dx = v dt; only what the solver adds is random.
+    """
+
+    stochastic: ClassVar[bool] = True
+
+    def noise_weight(self, path: AbstractPath, t: Scalar) -> Scalar:
+        del path
+        return jnp.zeros_like(t)
+
+    def diffusion(self, path: AbstractPath, t: Scalar) -> Scalar:
+        del path
+        return jnp.zeros_like(t)
+
+    def level_squared(self, path: AbstractPath, t: Scalar) -> Scalar:
+        del path
+        return jnp.zeros_like(t)
+
+    def kept(self, path: AbstractPath, t_from: Scalar, t_to: Scalar) -> Scalar:
+        del path, t_from
+        return jnp.ones_like(t_to)
+
+    def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
+        return _stochastic_terms(self, flow, brownian)
+
+
 class ReverseSDE(AbstractDynamics):
     """The reverse SDE with w = eta^2 g^2, or with any diffusion w(t) >= 0.
 
-    Every eta >= 0 has the same marginals: 0 is the probability flow, 1 the time reversal of the forward SDE. Where
-    alpha = 0 (t = 1 on `Linear`) g^2 is infinite: start below, or give a `diffusion` that is finite there.
+    Every eta >= 0 has the same marginals: 0 is the probability flow (and needs no key), 1 the time reversal of the
+    forward SDE. Where alpha = 0 (t = 1 on `Linear`) g^2 is infinite: solvers that step through the flow's own structure
+    start there all the same; for others start below, or give a `diffusion` that is finite there.
 
     **Arguments:** `eta`: noise level >= 0, 1 by default; `diffusion`: None, or a callable t -> w(t) >= 0 in
-    place of eta^2 g^2, for instance `lambda t: 2 * t`.
+    place of eta^2 g^2, for instance `lambda t: 2 * t`; `interval`: None, or the two path times between which there is
+    noise, with the probability flow outside.
 
-    Source: Song et al. (2020), arXiv 2011.13456; Ma et al. (2024), arXiv 2401.08740, whose w is this w.
+    Source: Song et al. (2020), arXiv 2011.13456; Ma et al. (2024), arXiv 2401.08740, whose w is this w; Xue et
+    al. (2023), arXiv 2309.05019, whose tau is eta, on an interval.
     """
 
     #: The noise level; None where `diffusion` takes its place.
     eta: Scalar | None
     weight: Callable[[Scalar], Scalar] | None
+    interval: tuple[Scalar, Scalar] | None
+    #: Whether eta was given as the number 0: then the equation is the probability flow.
+    noiseless: bool = eqx.field(static=True)
     stochastic: ClassVar[bool] = True
 
-    def __init__(self, eta: ScalarLike | None = None, *, diffusion: Callable[[Scalar], Scalar] | None = None):
+    def __init__(
+        self,
+        eta: ScalarLike | None = None,
+        *,
+        diffusion: Callable[[Scalar], Scalar] | None = None,
+        interval: tuple[ScalarLike, ScalarLike] | None = None,
+    ):
         if callable(eta):
             raise TypeError("ReverseSDE got a callable for eta: pass w(t) by name, ReverseSDE(diffusion=...).")
         if eta is not None and diffusion is not None:
@@ -117,38 +187,125 @@ class ReverseSDE(AbstractDynamics):
                 "ReverseSDE got both eta and diffusion: give one, diffusion is w(t) in place of eta^2 g^2."
             )
         self.weight = diffusion
+        self.noiseless = eta is not None and is_zero(eta)
         if diffusion is None:
             level = as_scalar(1.0 if eta is None else eta)
             self.eta = check(level, level < 0, f"ReverseSDE got eta = {eta}, but wants a noise level eta >= 0.")
         else:
             self.eta = None
+        self.interval = None
+        if interval is not None:
+            first, second = as_scalar(interval[0]), as_scalar(interval[1])
+            low, high = jnp.minimum(first, second), jnp.maximum(first, second)
+            high = check(
+                high, ~(low < high), f"ReverseSDE got interval = {interval}, but wants two different path times."
+            )
+            self.interval = low, high
 
     def noise_weight(self, path: AbstractPath, t: Scalar) -> Scalar:
         if self.eta is not None:
-            return self.eta**2 * path.g_squared_over_2_sigma(t)
+            return self._where_noisy(t, self.eta**2 * path.g_squared_over_2_sigma(t))
         w, d_w = jax.jvp(self._w, (t,), (jnp.ones_like(t),))
         sigma = path.coefficients(t)[1]
         # Where w and sigma vanish together the quotient has the limit of the derivatives.
         at_zero = jnp.where(w > 0, jnp.inf, d_w / (2 * path.derivatives(t)[1]))
-        return jnp.where(sigma == 0, at_zero, w / (2 * jnp.where(sigma == 0, 1, sigma)))
+        return self._where_noisy(t, jnp.where(sigma == 0, at_zero, w / (2 * jnp.where(sigma == 0, 1, sigma))))
 
     def diffusion(self, path: AbstractPath, t: Scalar) -> Scalar:
         if self.eta is not None:
-            return self.eta * jnp.sqrt(path.g_squared(t))
-        return jnp.sqrt(self._w(t))
+            return self._where_noisy(t, self.eta * jnp.sqrt(path.g_squared(t)))
+        return self._where_noisy(t, jnp.sqrt(self._w(t)))
+
+    def level_squared(self, path: AbstractPath, t: Scalar) -> Scalar:
+        if self.eta is not None:
+            return self._where_noisy(t, self.eta**2)
+        return self._where_noisy(t, self._w(t) / path.g_squared(t))
+
+    def kept(self, path: AbstractPath, t_from: Scalar, t_to: Scalar) -> Scalar:
+        if self.interval is not None:
+            low, high = self.interval
+            noisy_from, noisy_to = jnp.clip(t_from, low, high), jnp.clip(t_to, low, high)
+            outside = noisy_from <= noisy_to
+            t_from, t_to = jnp.where(outside, t_from, noisy_from), jnp.where(outside, t_to, noisy_to)
+        else:
+            outside = jnp.zeros_like(t_to, bool)
+        if self.eta is not None:
+            share = safe_power(path.noise_split(t_to, t_from)[0], self.eta**2)
+        else:
+            # Times below sigma = 0 are not reached: the nodes lie inside the step.
+            exponent = integral(lambda t: self._w(t) / (2 * path.coefficients(t)[1] ** 2), t_to, t_from)
+            share = jnp.exp(-exponent)
+        return jnp.where(outside, 1, share)
 
     def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
-        if brownian is None:
-            raise ValueError(
-                "ReverseSDE.terms got no Brownian path, but draws noise: pass e.g. diffrax.VirtualBrownianTree("
-                "-path.t_noise, -path.t_data, tol=1e-3, shape=like, key=key)."
-            )
-        drift = diffrax.ODETerm(FlowField(flow, self))
-        return diffrax.MultiTerm(drift, diffrax.ControlTerm(_Diffusion(flow.path, self), brownian))
+        return _stochastic_terms(self, flow, brownian)
 
     def _w(self, t: Scalar) -> Scalar:
         assert self.weight is not None
         return as_scalar(self.weight(t))
+
+    def _where_noisy(self, t: Scalar, value: Scalar) -> Scalar:
+        if self.interval is None:
+            return value
+        low, high = self.interval
+        return jnp.where((t >= low) & (t <= high), value, 0)
+
+
+def _paper_log_scaler(ratio: Scalar) -> Scalar:
+    return jnp.logaddexp(ratio**0.3, math.log(10.0))
+
+
+class ExtendedReverseSDE(AbstractDynamics):
+    r"""The reverse SDE whose noise level is set by a function of sigma/alpha, as ER-SDE has it.
+
+    A step keeps $k = \psi(\sigma_s/\alpha_s)/\psi(\sigma_t/\alpha_t)$ of the noise; so
+    $w = \eta^2 g^2$ with $\eta^2 = d\ln\psi/d\ln(\sigma/\alpha)$. A constant psi is the probability flow, $\psi(r) = r$
+    the reverse SDE with eta = 1.
+
+    **Arguments:** `log_scaler`: ln psi as a function of sigma/alpha, not decreasing (the logarithm, as psi itself
+    overflows); by default that of $\exp(r^{0.3}) + 10$.
+
+    Source: Cui et al. (2023), arXiv 2309.06169, whose noise scale function phi(r) is r psi(r); the default is the one
+    its experiments recommend.
+    """
+
+    log_scaler: Callable[[Scalar], Scalar] = eqx.field(default_factory=lambda: _paper_log_scaler)
+    stochastic: ClassVar[bool] = True
+
+    def noise_weight(self, path: AbstractPath, t: Scalar) -> Scalar:
+        return self.level_squared(path, t) * path.g_squared_over_2_sigma(t)
+
+    def diffusion(self, path: AbstractPath, t: Scalar) -> Scalar:
+        return jnp.sqrt(self.level_squared(path, t) * path.g_squared(t))
+
+    def level_squared(self, path: AbstractPath, t: Scalar) -> Scalar:
+        ratio = _ratio(path, t)
+        return ratio * jax.jvp(self.log_scaler, (ratio,), (jnp.ones_like(ratio),))[1]
+
+    def kept(self, path: AbstractPath, t_from: Scalar, t_to: Scalar) -> Scalar:
+        return jnp.exp(self.log_scaler(_ratio(path, t_to)) - self.log_scaler(_ratio(path, t_from)))
+
+    def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
+        return _stochastic_terms(self, flow, brownian)
+
+
+def _ratio(path: AbstractPath, t: Scalar) -> Scalar:
+    """sigma/alpha; 1e30 stands for the infinity at alpha = 0, where any psi has its limit."""
+    alpha, sigma = path.coefficients(t)
+    return jnp.where(alpha == 0, 1e30, sigma / jnp.where(alpha == 0, 1, alpha))
+
+
+def _stochastic_terms(
+    dynamics: AbstractDynamics, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None
+) -> diffrax.AbstractTerm:
+    """Drift and diffusion of a stochastic equation."""
+    if brownian is None:
+        raise ValueError(
+            f"{type(dynamics).__name__}.terms got no Brownian path, but draws noise: pass e.g. "
+            "diffrax.VirtualBrownianTree(-path.t_noise, -path.t_data, tol=1e-3, shape=like, key=key)."
+        )
+    drift = diffrax.ODETerm(FlowField(flow, dynamics))
+    return diffrax.MultiTerm(drift, diffrax.ControlTerm(_Diffusion(flow.path, dynamics), brownian))
 
 
 class FlowField(eqx.Module):
@@ -185,138 +342,13 @@ class _Diffusion(eqx.Module):
         return lineax.DiagonalLinearOperator(jax.tree.map(lambda leaf: jnp.full_like(leaf, scale), x))
 
 
-class StepNoise(diffrax.AbstractBrownianPath):
-    """Independent Brownian increments for the steps of a fixed grid.
-
-    The increment over a step is drawn from the key and the number of the step, so it is the same whatever the batch
-    and whatever rounding did to the times, and a backward pass sees the noise of the forward pass: as cheap as
-    `diffrax.UnsafeBrownianPath`, but open to every adjoint. Not for adaptive steps: increments over overlapping
-    intervals are independent of each other.
-
-    **Arguments:** `shape`: one example (arrays or their `jax.ShapeDtypeStruct`); `key`: a typed key; `ts`: the grid in
-    the increasing clock; `levy_area`: what the solver needs beside the increment W, as in Diffrax:
-    H ~ N(0, h/12), K ~ N(0, h/720).
-    """
-
-    shape: Like
-    key: PRNGKey
-    ts: Float[Array, " n"]
-    levy_area: type = eqx.field(static=True)  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __init__(self, shape: Like, key: PRNGKey, ts: Float[Array, " n"], levy_area: type = diffrax.BrownianIncrement):
-        self.shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shape)
-        self.key = key
-        self.ts = ts
-        self.levy_area = levy_area
-
-    @property
-    def t0(self) -> Scalar:
-        """The start of the grid."""
-        return self.ts[0]
-
-    @property
-    def t1(self) -> Scalar:
-        """The end of the grid."""
-        return self.ts[-1]
-
-    def evaluate(self, t0: ScalarLike, t1: ScalarLike | None = None, left: bool = True, use_levy: bool = False) -> Any:
-        """The increment over [t0, t1], with its Levy area if `use_levy`."""
-        del left
-        if t1 is None:
-            raise ValueError("StepNoise gives increments over steps: pass both ends, evaluate(t0, t1).")
-        length = as_scalar(t1) - as_scalar(t0)
-        key = self._step_key(as_scalar(t0), as_scalar(t1))
-        leaves, structure = jax.tree.flatten(self.shape)
-        keys = jax.random.split(key, (len(leaves), 3))
-
-        def draw(column: int, variance: float) -> State:
-            noise = [
-                (jnp.sqrt(length * variance)).astype(leaf.dtype)
-                * jax.random.normal(keys[row, column], leaf.shape, leaf.dtype)
-                for row, leaf in enumerate(leaves)
-            ]
-            return jax.tree.unflatten(structure, noise)
-
-        increment = draw(0, 1.0)
-        if not use_levy:
-            return increment
-        dt = jax.tree.map(lambda leaf: length.astype(leaf.dtype), self.shape)
-        if self.levy_area is diffrax.BrownianIncrement:
-            return diffrax.BrownianIncrement(dt=dt, W=increment)
-        if self.levy_area is diffrax.SpaceTimeLevyArea:
-            return diffrax.SpaceTimeLevyArea(dt=dt, W=increment, H=draw(1, 1 / 12))
-        return diffrax.SpaceTimeTimeLevyArea(dt=dt, W=increment, H=draw(1, 1 / 12), K=draw(2, 1 / 720))
-
-    def _step_key(self, t0: Scalar, t1: Scalar) -> PRNGKey:
-        """A key for [t0, t1], from the number of its grid cell and, to 1/64, its place inside the cell."""
-        ts = jax.lax.stop_gradient(self.ts)
-        t0, t1 = jax.lax.stop_gradient((t0, t1))
-        middle = 0.5 * (t0 + t1)
-        cell = jnp.clip(jnp.sum(ts <= middle) - 1, 0, ts.shape[0] - 2)
-        start, end = ts[cell], ts[cell + 1]
-
-        def place(t: Scalar) -> Int[Array, ""]:
-            return jnp.round(64 * (t - start) / (end - start)).astype(int)
-
-        key = jax.random.fold_in(self.key, cell)
-        return jax.random.fold_in(key, 128 * place(t0) + place(t1))
-
-
-class TreeNoise(diffrax.AbstractBrownianPath):
-    """A `diffrax.VirtualBrownianTree` for any pytree, dictionaries included: one Brownian path for adaptive steps.
-
-    **Arguments:** `t0`, `t1`: the interval in the increasing clock; `tolerance`: the spacing below which the path is
-    interpolated; `shape`: one example; `key`: a typed key; `levy_area`: what the solver needs beside the increment.
-    """
-
-    tree: diffrax.VirtualBrownianTree
-    structure: Any = eqx.field(static=True)
-    levy_area: type = eqx.field(static=True)  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __init__(
-        self,
-        t0: ScalarLike,
-        t1: ScalarLike,
-        tolerance: ScalarLike,
-        shape: Like,
-        key: PRNGKey,
-        levy_area: type = diffrax.BrownianIncrement,
-    ):
-        leaves, self.structure = jax.tree.flatten(shape)
-        leaves = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-        start, end, spacing = as_scalar(t0), as_scalar(t1), as_scalar(tolerance)
-        self.tree = diffrax.VirtualBrownianTree(start, end, spacing, leaves, key, levy_area=levy_area)
-        self.levy_area = levy_area
-
-    @property
-    def t0(self) -> Any:
-        """The start of the interval."""
-        return self.tree.t0
-
-    @property
-    def t1(self) -> Any:
-        """The end of the interval."""
-        return self.tree.t1
-
-    def evaluate(self, t0: ScalarLike, t1: ScalarLike | None = None, left: bool = True, use_levy: bool = False) -> Any:
-        """The increment over [t0, t1], with its Levy area if `use_levy`."""
-        increment: Any = self.tree.evaluate(as_scalar(t0), None if t1 is None else as_scalar(t1), left, use_levy)
-        if not use_levy:
-            return jax.tree.unflatten(self.structure, increment)
-        parts = {
-            field.name: jax.tree.unflatten(self.structure, getattr(increment, field.name))
-            for field in dataclasses.fields(increment)
-        }
-        return type(increment)(**parts)
-
-
-def unwrap(term: diffrax.AbstractTerm, solver_name: str) -> tuple[FlowField, diffrax.AbstractTerm | None, Scalar]:
+def unwrap(term: diffrax.AbstractTerm, solver_name: str) -> tuple[FlowField, NoiseSource | None, Scalar]:
     """What a solver of this field needs of the terms it is given inside `diffrax.diffeqsolve`.
 
-    Diffrax wraps every term and, where t0 > t1, negates its time; the wrapper is private to it. This is the one
-    place that looks inside.
+    Diffrax wraps every term and, where t0 > t1, negates its time; the wrapper is private to it. This and
+    `brownian.NoiseSource` are the places that look inside.
 
-    **Returns:** the `FlowField`; the wrapped noise term or None; the direction: time t = -direction * s for the s that
+    **Returns:** the `FlowField`; the source of noise or None; the direction: time t = -direction * s for the s that
     the solver is given.
 
     **Raises:** `TypeError` if the terms are not this library's.
@@ -332,4 +364,4 @@ def unwrap(term: diffrax.AbstractTerm, solver_name: str) -> tuple[FlowField, dif
             f"{solver_name} got the terms of another equation, but steps through a flow's own: give it "
             "dynamics.ProbabilityFlow().terms(flow) or dynamics.ReverseSDE(eta).terms(flow, brownian)."
         )
-    return field, noise, as_scalar(direction)
+    return field, None if noise is None else NoiseSource(noise), as_scalar(direction)

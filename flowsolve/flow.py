@@ -32,7 +32,7 @@ from .predictions import (
     convert,
 )
 
-__all__ = ["AbstractFlow", "Flow", "OnPath", "TimeReversed"]
+__all__ = ["AbstractFlow", "Flow", "OnPath", "TimeReversed", "VarianceFlow"]
 
 
 class AbstractFlow(eqx.Module):
@@ -140,6 +140,36 @@ class Flow(AbstractFlow):
             output = self.preconditioner.apply(self.network, self.path, t, x, args, key=key)
         _check_output(output, x)
         return output
+
+
+class VarianceFlow(AbstractFlow):
+    """A network that predicts, beside its output, the variance of the ancestral step.
+
+    **Arguments:** `network`: `network(t, x, args, *, key=None)` -> (output, nu), both of the structure and shapes of x,
+    with nu from 0 (the posterior's variance) to 1 (the large one), see `solvers.LearnedVariance`; `path`, `prediction`:
+    as in `Flow`.
+
+    In everything else it is the flow of its output. Source: Nichol & Dhariwal (2021), arXiv 2102.09672.
+    """
+
+    network: Network
+    path: AbstractPath
+    prediction: AbstractPrediction
+
+    def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        return self.output_and_interpolation(t, x, args, key=key)[0]
+
+    def output_and_interpolation(
+        self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None
+    ) -> tuple[State, State]:
+        """(output, nu) from one evaluation."""
+        check_state(x, "x")
+        both = self.network(as_scalar(t), x, args, key=key)
+        if not (isinstance(both, tuple) and len(both) == 2):
+            raise ValueError(f"The network of a VarianceFlow returned {describe(both)}, but wants a pair (output, nu).")
+        for part in both:
+            _check_output(part, x)
+        return both
 
 
 def _check_output(output: State, x: State) -> None:

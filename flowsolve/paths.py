@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from ._checks import check
-from ._numerics import as_scalar, linear_combination
+from ._numerics import as_scalar, increasing_root, linear_combination
 from ._types import Scalar, ScalarLike, State
 
 __all__ = [
@@ -647,25 +647,8 @@ def _time_by_root_find(path: AbstractPath, alpha: ScalarLike, sigma: ScalarLike)
         alpha_t, sigma_t = path.coefficients(t)
         return 1e-5 * (jnp.abs(alpha * sigma_t) + jnp.abs(sigma * alpha_t))
 
-    def bisect(_: object, bracket: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
-        lower, upper = bracket
-        middle = 0.5 * (lower + upper)
-        below = mismatch(middle) < 0
-        return jnp.where(below, middle, lower), jnp.where(below, upper, middle)
-
     lower, upper = as_scalar(path.t_data), as_scalar(path.t_noise)
     bad = (mismatch(lower) > slack(lower)) | (mismatch(upper) < -slack(upper))
     lower = _check_reached(lower, bad, path)
-    # Enough halvings for the last bit of a root near 0 as well.
-    bracket = jax.lax.fori_loop(0, 2 * jnp.finfo(lower.dtype).nmant, bisect, (lower, upper))
-    # Exact at the ends, which a bisection only approaches.
-    root = jnp.where(mismatch(lower) >= 0, lower, jnp.where(mismatch(upper) <= 0, upper, bracket[1]))
-    # Newton steps from the fixed root carry the derivatives in alpha, sigma and the path's parameters: one gives the
-    # first derivative (all that the path needs), two the second (the derivative in t of a velocity) as well.
-    root = jax.lax.stop_gradient(root)
-    newton = root
-    for _ in range(2):
-        slope = jax.grad(mismatch)(newton)
-        slope = jnp.where(slope == 0, jnp.finfo(slope.dtype).tiny, slope)
-        newton = newton - mismatch(newton) / slope
-    return root + (newton - jax.lax.stop_gradient(newton))
+    # Derivatives in alpha, sigma and the path's parameters; the second ones are the derivative in t of a velocity.
+    return increasing_root(mismatch, lower, upper)

@@ -30,6 +30,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ._checks import check_key, check_state
 from ._numerics import all_finite, as_scalar
+from ._progress import import_tqdm
 from ._types import Args, PRNGKey, Scalar, ScalarLike, State
 from .flow import AbstractFlow
 
@@ -189,7 +190,7 @@ def fit(
     if isinstance(ema, float | int) and not 0 <= ema < 1:
         raise ValueError(f"fit got ema = {ema}, but wants a decay of the moving average with 0 <= ema < 1.")
     state = init(flow, optimiser, key=key)
-    tqdm = _import_tqdm() if progress else None
+    tqdm = import_tqdm("fit") if progress else None
     return _run(state, iter(batches), loss, optimiser, as_scalar(ema), steps, every, tqdm)
 
 
@@ -260,16 +261,6 @@ def _finished(state: TrainState, values: np.ndarray, done: int, good: TrainState
         message = f"A parameter is infinite or NaN after step {done}, though the loss was finite. {kept} {advice}"
         raise TrainingDiverged(message, done, good)
     return eqx.tree_at(lambda s: s.metrics, state, {"loss": as_scalar(values.mean(dtype=np.float64))})
-
-
-def _import_tqdm() -> Callable[..., Any]:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "fit shows its progress with tqdm, which is not installed: pip install tqdm, or pass progress=False."
-        ) from error
-    return tqdm
 
 
 class _ProgressBar:

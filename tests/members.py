@@ -1,13 +1,14 @@
 """The tables of all members: a new path, prediction, solver or loss gets the common checks from its row here.
 
 `PATHS` holds one instance of each path, `REFERENCES` the same path in float64 numpy, written from the formulas of
-its source and not from the library: t -> (alpha, sigma, alpha', sigma'). `PREDICTIONS` holds the predictions.
+its source and not from the library: t -> (alpha, sigma, alpha', sigma'). `PREDICTIONS` holds the predictions, `SOLVERS`
+the solvers with what they claim.
 """
 
 import jax.numpy as jnp
 import numpy as np
 
-from flowsolve import paths, predictions
+from flowsolve import paths, predictions, solvers
 
 # --- paths --------------------------------------------------------------------------------------------------
 
@@ -155,6 +156,44 @@ PREDICTIONS: dict[str, predictions.AbstractPrediction] = {
     "velocity": predictions.Velocity(),
     "v": predictions.V(),
     "score": predictions.Score(),
+}
+
+
+# --- solvers ------------------------------------------------------------------------------------------------
+
+#: name -> (solver, order on the probability flow from a start that has it, evaluations a step)
+SOLVERS: dict[str, tuple[solvers.AbstractFlowSolver, int, int]] = {
+    "ddim": (solvers.DDIM(), 1, 1),
+    "dpm_1": (solvers.DPMSolverPP(1), 1, 1),
+    "dpm_2m": (solvers.DPMSolverPP(2), 2, 1),
+    "dpm_3m": (solvers.DPMSolverPP(3), 3, 1),
+    "dpm_3m_published": (solvers.DPMSolverPP(3, as_published=True), 2, 1),
+    "dpm_2s": (solvers.DPMSolverPPSinglestep(2), 2, 2),
+    "dpm_3s": (solvers.DPMSolverPPSinglestep(3), 3, 3),
+    "unipc_1": (solvers.UniPC(1), 2, 1),
+    "unipc_2": (solvers.UniPC(2), 3, 1),
+    "unipc_3": (solvers.UniPC(3), 4, 1),
+    "unipc_3_bh1": (solvers.UniPC(3, bh=1), 4, 1),
+    "unipc_2_predictor": (solvers.UniPC(2, corrector=False), 2, 1),
+    "unipc_3_predictor": (solvers.UniPC(3, corrector=False), 3, 1),
+    "adaptive_unipc_3": (solvers.AdaptiveUniPC(3), 4, 1),
+    "deis_1": (solvers.DEIS(1), 1, 1),
+    "deis_2": (solvers.DEIS(2), 2, 1),
+    "deis_3": (solvers.DEIS(3), 3, 1),
+    "deis_4": (solvers.DEIS(), 4, 1),
+    "lms_4": (solvers.LMS(4), 4, 1),
+    "ab_2_data": (solvers.AdamsBashforth(2), 2, 1),
+    "ab_4_data": (solvers.AdamsBashforth(4), 4, 1),
+    "ab_3_noise": (solvers.AdamsBashforth(3, prediction=predictions.Noise(), variable=solvers.LogSNR()), 3, 1),
+    "ab_3_velocity": (solvers.AdamsBashforth(3, prediction=predictions.Velocity()), 3, 1),
+    "ipndm_2": (solvers.IPNDM(2), 2, 1),
+    "ipndm_4": (solvers.IPNDM(4), 2, 1),
+    "edm_heun": (solvers.EDMHeun(), 2, 2),
+    "sde_dpm_2m": (solvers.SDEDPMSolverPP(2), 2, 1),
+    "sa_3": (solvers.SASolver(3), 4, 1),
+    "sa_2_predictor": (solvers.SASolver(2, corrector=False), 2, 1),
+    "er_sde_3": (solvers.ERSDE(3), 3, 1),
+    "seeds_2": (solvers.SEEDS2(), 2, 2),
 }
 
 

@@ -39,6 +39,11 @@ def solve(**settings):
     return fs.solve(FLOW, X, **settings)
 
 
+def tuned_solver():
+    zeros = jnp.zeros(2)
+    return fs.solvers.TunedMultistep(jnp.array([1.0, 0.5, 0.0]), jnp.array([1.0, 0.5]), zeros, zeros, jnp.zeros((2, 1)))
+
+
 CASES = {
     "output_shape": (
         lambda: fs.solve(flow(lambda t, x, a, *, key=None: x[:1]), X),
@@ -163,6 +168,69 @@ CASES = {
         lambda: solve(solver=fs.solvers.DDIM(1.0), dynamics=SDE, key=KEY),
         ValueError,
         "noise level was given twice",
+    ),
+    "order": (lambda: fs.solvers.UniPC(4), ValueError, "order = 4, but wants an integer from 1 to 3"),
+    "order_one_singlestep": (lambda: fs.solvers.DPMSolverPPSinglestep(1), ValueError, r"wants 2 or 3: order 1 is"),
+    "bh": (lambda: fs.solvers.UniPC(2, bh=3), ValueError, "bh = 3, but wants 1 or 2"),
+    "extrapolate_score": (
+        lambda: fs.solvers.AdamsBashforth(2, prediction=fs.predictions.Score()),
+        ValueError,
+        "prediction = Score, but extrapolates one of",
+    ),
+    "deis_sde": (lambda: solve(solver=fs.solvers.DEIS(), dynamics=SDE, key=KEY), ValueError, "DEIS does not converge"),
+    "unipc_adaptive": (lambda: solve(solver=fs.solvers.UniPC(), controller=PID), ValueError, "no error estimate"),
+    "sde_suite_without_key": (lambda: solve(solver=fs.solvers.SDEDPMSolverPP()), ValueError, "key is missing"),
+    "ancestral_eta": (
+        lambda: solve(solver=fs.solvers.Ancestral(), dynamics=fs.dynamics.ReverseSDE(0.5), key=KEY),
+        ValueError,
+        r"Ancestral steps through ReverseSDE\(1.0\) alone",
+    ),
+    "learned_variance_of_a_flow": (
+        lambda: solve(solver=fs.solvers.Ancestral(fs.solvers.LearnedVariance()), key=KEY),
+        TypeError,
+        "predicts no variance",
+    ),
+    "churn_multistep": (lambda: fs.solvers.Churn(fs.solvers.UniPC(), 0.1), ValueError, "use a one-step solver"),
+    "churn_gamma": (lambda: fs.solvers.Churn(fs.solvers.EDMHeun(), -0.1), ValueError, "wants a factor"),
+    "churn_dynamics": (
+        lambda: solve(solver=fs.solvers.Churn(fs.solvers.EDMHeun(), 0.1), dynamics=SDE, key=KEY),
+        ValueError,
+        "adds its own noise",
+    ),
+    "restart_interval": (
+        lambda: fs.solvers.Restart(fs.solvers.EDMHeun(), (0.6, 0.3)),
+        ValueError,
+        r"t_min < t_max",
+    ),
+    "restart_outside": (
+        lambda: solve(solver=fs.solvers.Restart(fs.solvers.EDMHeun(), (0.3, 0.6)), t_end=0.5, key=KEY),
+        ValueError,
+        "take an interval inside",
+    ),
+    "langevin_both": (
+        lambda: fs.solvers.LangevinCorrector(fs.solvers.DDIM(), snr=0.1, step_size=0.1),
+        ValueError,
+        "both snr and step_size",
+    ),
+    "langevin_without_noise": (
+        lambda: solve(solver=fs.solvers.LangevinCorrector(fs.solvers.DDIM()), dynamics=fs.ProbabilityFlow(), key=KEY),
+        ValueError,
+        "draws noise, but was given ProbabilityFlow",
+    ),
+    "tune_steps": (
+        lambda: fs.tuning.tune(FLOW, X, steps=0, key=KEY, progress=False),
+        ValueError,
+        "steps is 0, but wants an integer of at least 1",
+    ),
+    "tune_grid": (
+        lambda: fs.tuning.tune(FLOW, X, steps=3, grid=fs.grids.Uniform(4), key=KEY, progress=False),
+        ValueError,
+        "grid has 4 steps, but 3 are to be tuned",
+    ),
+    "tuned_on_another_grid": (
+        lambda: solve(solver=tuned_solver(), grid=fs.grids.Uniform(3)),
+        ValueError,
+        "was tuned for its own grid of 2 steps",
     ),
     "ddim_eta": (lambda: fs.solvers.DDIM(1.5), ValueError, r"outside \[0, 1\]"),
     "ddim_eta_from_dynamics": (

@@ -40,6 +40,12 @@ LABELS = jnp.arange(64) % 3
 REQUESTS = {
     "ddim": {"solver": fs.solvers.DDIM(), "grid": fs.grids.Uniform(5)},
     "ancestral": {"solver": fs.solvers.DDIM(eta=1.0), "grid": fs.grids.Uniform(5)},
+    "unipc": {"solver": fs.solvers.UniPC(2), "grid": fs.grids.Uniform(5)},
+    "sa": {"solver": fs.solvers.SASolver(2), "grid": fs.grids.Uniform(5)},
+    "restart": {
+        "solver": fs.solvers.Restart(fs.solvers.EDMHeun(), (0.3, 0.6), grid=fs.grids.Uniform(2)),
+        "grid": fs.grids.Uniform(5),
+    },
     "adaptive": {"solver": diffrax.Tsit5(), "controller": diffrax.PIDController(rtol=1e-3, atol=1e-3)},
     "sde": {
         "solver": diffrax.ShARK(),
@@ -97,8 +103,8 @@ def test_start_noise_is_bitwise_the_same_for_every_num():
 @pytest.mark.quick
 def test_step_noise_depends_on_the_step_and_not_on_rounding():
     ts = jnp.linspace(-1.0, 0.0, 11)
-    noise = fs.dynamics.StepNoise(LIKE, KEY, ts)
-    moved = fs.dynamics.StepNoise(LIKE, KEY, jnp.nextafter(ts, 1.0))
+    noise = fs.brownian.StepNoise(LIKE, KEY, ts)
+    moved = fs.brownian.StepNoise(LIKE, KEY, jnp.nextafter(ts, 1.0))
     first = noise.evaluate(ts[3], ts[4])
     np.testing.assert_allclose(moved.evaluate(moved.ts[3], moved.ts[4]), first, rtol=1e-5)
     assert not np.allclose(first, noise.evaluate(ts[4], ts[5]), atol=1e-2)
@@ -111,7 +117,7 @@ def test_step_noise_has_the_moments_of_brownian_motion():
     """W ~ N(0, h), H ~ N(0, h/12), K ~ N(0, h/720), independent, within 4 standard errors."""
     shape = jax.ShapeDtypeStruct((20_000,), jnp.float32)
     ts = jnp.array([-1.0, -0.6, 0.0])
-    path = fs.dynamics.StepNoise(shape, KEY, ts, diffrax.SpaceTimeTimeLevyArea)
+    path = fs.brownian.StepNoise(shape, KEY, ts, diffrax.SpaceTimeTimeLevyArea)
     draws = [path.evaluate(ts[i], ts[i + 1], use_levy=True) for i in (0, 1)]
     rows = np.stack([np.asarray(part) for draw in draws for part in (draw.W, draw.H, draw.K)])
     variances = np.concatenate([np.array([1, 1 / 12, 1 / 720]) * h for h in (0.4, 0.6)])

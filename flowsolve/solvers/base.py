@@ -20,14 +20,23 @@ class AbstractFlowSolver(diffrax.AbstractSolver[_SolverState]):
     """
 
     #: Network evaluations of one step, and of the start of a solve.
-    evaluations_per_step: eqx.AbstractClassVar[int]
-    evaluations_at_start: eqx.AbstractClassVar[int]
+    evaluations_per_step: eqx.AbstractVar[int]
+    evaluations_at_start: eqx.AbstractVar[int]
 
     @property
     @abc.abstractmethod
-    def default_dynamics(self) -> AbstractDynamics | None:
-        """The equation that the solver's own fields name, such as its noise level; None if they leave it open."""
+    def default_dynamics(self) -> AbstractDynamics:
+        """The equation that is solved where none is asked for."""
 
     @abc.abstractmethod
     def check_dynamics(self, dynamics: AbstractDynamics) -> None:
         """Raise `ValueError` if the solver cannot step through this equation."""
+
+
+def refuse_noise(solver: AbstractFlowSolver, dynamics: AbstractDynamics) -> None:
+    """The `check_dynamics` of a solver for ordinary equations."""
+    if dynamics.stochastic:
+        raise ValueError(
+            f"{type(solver).__name__} does not converge for a stochastic equation, but was given "
+            f"{type(dynamics).__name__}: use SDEDPMSolverPP(), SASolver() or DDIM() with it, or ProbabilityFlow()."
+        )

@@ -1,0 +1,90 @@
+"""What a grid is: n + 1 strictly monotone times between two ends, which are exactly the times asked for."""
+
+import abc
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._checks import check, is_concrete
+from .._numerics import as_scalar
+from .._types import Scalar, ScalarLike
+from ..paths import AbstractPath
+
+__all__ = ["AbstractGrid", "AbstractPathGrid"]
+
+
+class AbstractGrid(eqx.Module):
+    """A rule for n + 1 times between two ends."""
+
+    #: The number of steps n, static.
+    steps: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def ends(self, path: AbstractPath) -> tuple[ScalarLike, ScalarLike]:
+        """(t_start, t_end) where the caller gives none."""
+
+    @abc.abstractmethod
+    def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
+        """The points strictly between t_start > t_end of a grid of this kind with `steps` steps, descending."""
+
+    def __call__(
+        self, path: AbstractPath, t_start: ScalarLike | None = None, t_end: ScalarLike | None = None
+    ) -> Float[Array, " {self.steps}+1"]:
+        """The points from t_start to t_end, both included and exactly those.
+
+        **Arguments:** `path`: the path; `t_start`, `t_end`: the ends, by default the path's
+        `t_noise` and `t_data`; in either order, and traced or not.
+
+        **Returns:** `steps + 1` times, strictly monotone.
+
+        **Raises:** `ValueError` if the points are not strictly monotone: equal or NaN ends,
+        parameters out of range, or more steps than float32 can tell apart.
+        """
+        default_start, default_end = self.ends(path)
+        start = as_scalar(default_start if t_start is None else t_start)
+        end = as_scalar(default_end if t_end is None else t_end)
+        high, low = jnp.maximum(start, end), jnp.minimum(start, end)
+        inner = self.inner(path, high, low, self.steps)
+        points = jnp.concatenate([high[None], inner, low[None]])
+        points = check(
+            points,
+            ~jnp.all(points[:-1] > points[1:]),
+            f"{type(self).__name__} of {self.steps} steps has points that are not strictly monotone "
+            f"on {type(path).__name__}: give t_start and t_end that differ, parameters inside their "
+            "range, and no more steps than the float type can tell apart.",
+        )
+        return jnp.where(start > end, points, points[::-1])
+
+
+class AbstractPathGrid(AbstractGrid):
+    """A grid from the path's noise to its data, unless the caller gives other ends."""
+
+    def ends(self, path: AbstractPath) -> tuple[ScalarLike, ScalarLike]:
+        """(t_noise, t_data) of the path."""
+        return path.t_noise, path.t_data
+
+
+def as_steps(steps: int | np.integer) -> int:
+    # NumPy's integers too, so that np.arange can be swept over.
+    if isinstance(steps, bool | np.bool_) or not isinstance(steps, int | np.integer):
+        raise TypeError(f"A grid got steps = {steps!r}, but wants a plain int: the number of steps, at least 1.")
+    if steps < 1:
+        raise ValueError(f"A grid got steps = {steps}, but wants at least 1.")
+    return int(steps)
+
+
+def check_positive(owner: AbstractGrid, name: str, value: Scalar) -> None:
+    if is_concrete(value) and not (value > 0 and jnp.isfinite(value)):
+        raise ValueError(f"{type(owner).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
+
+
+def inner_fractions(steps: int) -> Float[Array, " {steps}-1"]:
+    """i/n for i = 1..n-1."""
+    return jnp.arange(1, steps, dtype=float) / steps
+
+
+def inner_rests(steps: int) -> Float[Array, " {steps}-1"]:
+    """1 - i/n for i = 1..n-1, each to the last bit."""
+    return inner_fractions(steps)[::-1]

@@ -1,0 +1,133 @@
+r"""A linear multistep whose numbers are arrays, one row a step: what `tuning.tune` learns.
+
+Step i of its own grid goes from t_i to t_{i+1}, with $r = \sigma_{i+1}/\sigma_i$, $B = \alpha_{i+1} - \alpha_i r$ and
+one network evaluation $D_0 = E[x_0|x]$, asked at a time $t'_i$ of its own:
+
+$$x_{i+1} = r (1 + c_i)\, x_i + B \left[(1 + m_i) D_0 + \sum_{j \ge 1} w_{ij} (D_j - D_0)\right]$$
+
+with $D_j$ the data of j steps ago. With $t'_i = t_i$ and all else zero this is `DDIM`, with weights from a formula any
+multistep on the data. From alpha = 0 and onto sigma = 0 all is finite.
+"""
+
+from typing import Any, ClassVar
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._checks import is_concrete
+from .._numerics import as_scalar, linear_combination
+from .._types import Args, ScalarLike, State
+from ..dynamics import AbstractDynamics, ProbabilityFlow, network_output, unwrap
+from ..predictions import Data, combine
+from .base import AbstractFlowSolver, refuse_noise
+from .multistep import MultistepState, StepInterpolation
+from .nodes import mixture_of
+
+__all__ = ["TunedMultistep"]
+
+
+class TunedMultistep(AbstractFlowSolver[MultistepState]):
+    """A multistep with a row of numbers for each step of its own grid.
+
+    **Arguments:** `ts`: the grid's n + 1 times; `asked`: the n times at which the network is asked; `carry` c,
+    `scale` m: n numbers each; `weights` w: an (n, history) array, the newest evaluation first.
+
+    It steps through that grid alone, on the path it was tuned on. One network evaluation a step. Dense output is
+    linear. Save it with `eqx.tree_serialise_leaves`.
+    """
+
+    ts: Float[Array, " points"]
+    asked: Float[Array, " steps"]
+    carry: Float[Array, " steps"]
+    scale: Float[Array, " steps"]
+    weights: Float[Array, "steps history"]
+    evaluations_per_step: ClassVar[int] = 1
+    evaluations_at_start: ClassVar[int] = 0
+    term_structure: ClassVar[type] = diffrax.AbstractTerm
+    interpolation_cls: ClassVar[type] = StepInterpolation
+
+    def __check_init__(self):
+        steps = len(self.ts) - 1
+        if not len(self.asked) == len(self.carry) == len(self.scale) == len(self.weights) == steps:
+            raise ValueError(
+                f"TunedMultistep got {len(self.ts)} times with {len(self.asked)}, {len(self.carry)}, {len(self.scale)} "
+                f"and {len(self.weights)} rows of numbers, but wants one row for each of {steps} steps."
+            )
+
+    @property
+    def default_dynamics(self) -> AbstractDynamics:
+        """The probability flow."""
+        return ProbabilityFlow()
+
+    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
+        """Raise for a stochastic equation."""
+        refuse_noise(self, dynamics)
+
+    def for_times(self, times: Float[Array, " points"]) -> "TunedMultistep":
+        """This solver; raise, where the times are known, unless they are those of the solver's own grid."""
+        if not is_concrete((times, self.ts)):
+            return self
+        if times.shape != self.ts.shape or not np.allclose(times, self.ts, rtol=1e-5, atol=0):
+            raise ValueError(
+                f"TunedMultistep was tuned for its own grid of {len(self.ts) - 1} steps, but was given other times: "
+                "pass grid=grids.Given(solver.ts), the grid that tuning returned with it."
+            )
+        return self
+
+    def order(self, terms: diffrax.AbstractTerm) -> None:
+        """None: it is as accurate as it was tuned."""
+        del terms
+
+    def init(
+        self, terms: diffrax.AbstractTerm, t0: ScalarLike, t1: ScalarLike, y0: State, args: Args
+    ) -> MultistepState:
+        """An empty history."""
+        del t0, t1, args
+        field, _, _ = unwrap(terms, "TunedMultistep")
+        self.check_dynamics(field.dynamics)
+        size = self.weights.shape[1]
+        empty = jax.tree.map(jnp.zeros_like, y0)
+        return MultistepState((empty,) * size, jnp.zeros((size,)), jnp.zeros((size,), bool), None)
+
+    def step(
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: ScalarLike,
+        t1: ScalarLike,
+        y0: State,
+        args: Args,
+        solver_state: MultistepState,
+        made_jump: Any,
+    ) -> tuple[State, None, dict[str, Any], MultistepState, diffrax.RESULTS]:
+        """One step of the module's equation."""
+        field, _, direction = unwrap(terms, "TunedMultistep")
+        flow, path = field.flow, field.flow.path
+        start, target = -direction * as_scalar(t0), -direction * as_scalar(t1)
+        index = jnp.argmin(jnp.abs(jax.lax.stop_gradient(self.ts[:-1] - start)))
+        t = self.asked[index]
+        output = network_output(flow, t, y0, args)
+        data = combine(flow.mixture_weights(t, mixture_of(Data(), t)), y0, output)
+        (alpha, sigma), (alpha_to, sigma_to) = path.coefficients(start), path.coefficients(target)
+        ratio = sigma_to / sigma
+        total = alpha_to - alpha * ratio
+        valid = solver_state.valid & ~jnp.asarray(made_jump)
+        weights = jnp.where(valid, self.weights[index], 0)
+        newest = 1 + self.scale[index] - jnp.sum(weights)
+        y1 = linear_combination(
+            (ratio * (1 + self.carry[index]), total * newest, *(total * weights)), (y0, data, *solver_state.values)
+        )
+        size = len(valid)
+        state = MultistepState(
+            (data, *solver_state.values)[:size],
+            jnp.append(t, solver_state.ts)[:size],
+            jnp.append(jnp.ones((), bool), valid)[:size],
+            None,
+        )
+        return y1, None, {"y0": y0, "y1": y1, "formula": None}, state, diffrax.RESULTS.successful
+
+    def func(self, terms: diffrax.AbstractTerm, t0: ScalarLike, y0: State, args: Args) -> Any:
+        """The vector field of the terms, which Diffrax asks for to choose a first step."""
+        return terms.vf(as_scalar(t0), y0, args)

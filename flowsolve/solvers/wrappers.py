@@ -1,0 +1,413 @@
+r"""Noise added around the steps of another solver: churn, restarts, Langevin corrections.
+
+Each wraps a solver and is one. With the ratio $\rho = \sigma/\alpha$, raising the noise of x from t to u > t is
+
+$$x_u = \frac{\alpha_u}{\alpha_t} x_t + \alpha_u \sqrt{\rho_u^2 - \rho_t^2}\, z .$$
+
+- `Churn` raises the noise by a factor before each step, which then starts from there;
+- `Restart` raises it from t_min back to t_max after the step that reaches t_min, solves down again, and repeats;
+- `LangevinCorrector` follows each step by steps of Langevin dynamics at the time reached.
+"""
+
+import abc
+from typing import Any, ClassVar
+
+import diffrax
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._checks import check, is_concrete
+from .._numerics import as_scalar, linear_combination, safe_sqrt, tree_dot
+from .._types import Args, Scalar, ScalarLike, State
+from ..dynamics import AbstractDynamics, AddedNoise, FlowField, ProbabilityFlow, unwrap
+from ..grids import AbstractGrid, LogSNR
+from ..paths import AbstractPath
+from .base import AbstractFlowSolver
+from .counts import evaluation_counts
+from .multistep import AbstractMultistep, StepInterpolation
+
+__all__ = ["Churn", "LangevinCorrector", "Restart"]
+
+
+class AbstractWrapper(AbstractFlowSolver[Any], diffrax.AbstractItoSolver[Any]):
+    """A solver around another one."""
+
+    solver: eqx.AbstractVar[diffrax.AbstractSolver]
+    term_structure: ClassVar[type] = diffrax.AbstractTerm
+    interpolation_cls: ClassVar[type] = StepInterpolation
+
+    @abc.abstractmethod
+    def inner_terms(self, terms: diffrax.AbstractTerm, field: FlowField) -> diffrax.AbstractTerm:
+        """The terms that the inner solver steps through."""
+
+    def order(self, terms: diffrax.AbstractTerm) -> int | None:
+        """The inner solver's."""
+        return self.solver.order(terms)
+
+    def strong_order(self, terms: diffrax.AbstractTerm) -> float:
+        """At least 1/2."""
+        del terms
+        return 0.5
+
+    def init(self, terms: diffrax.AbstractTerm, t0: ScalarLike, t1: ScalarLike, y0: State, args: Args) -> Any:
+        """The inner solver's state."""
+        field, _, _ = unwrap(terms, type(self).__name__)
+        self.check_dynamics(field.dynamics)
+        return self.solver.init(self.inner_terms(terms, field), as_scalar(t0), as_scalar(t1), y0, args)
+
+    def func(self, terms: diffrax.AbstractTerm, t0: ScalarLike, y0: State, args: Args) -> Any:
+        """The vector field of the terms, which Diffrax asks for to choose a first step."""
+        return terms.vf(as_scalar(t0), y0, args)
+
+
+def raise_noise(path: AbstractPath, t: Scalar, u: Scalar, x: State, normal: State) -> State:
+    """x at time t, carried to u >= t by fresh noise; x itself where u = t."""
+    (alpha, sigma), (alpha_u, sigma_u) = path.coefficients(t), path.coefficients(u)
+    scale = jnp.where(u == t, 1, alpha_u / jnp.where(alpha == 0, 1, alpha))
+    added = safe_sqrt((sigma_u - scale * sigma) * (sigma_u + scale * sigma))
+    return linear_combination((scale, jnp.where(u == t, 0, added)), (x, normal))
+
+
+def _counts(solver: diffrax.AbstractSolver) -> tuple[int, int]:
+    counts = evaluation_counts(solver)
+    assert counts is not None
+    return counts
+
+
+def _check_inner(solver: object, name: str) -> None:
+    """Raise unless `solver` steps through the probability flow with a known number of evaluations."""
+    if not isinstance(solver, diffrax.AbstractSolver) or evaluation_counts(solver) is None:
+        raise TypeError(
+            f"{name} got solver = {type(solver).__name__}, but wants a solver whose evaluations are known, such as "
+            "solvers.EDMHeun() or diffrax.Heun()."
+        )
+
+
+def _probability_flow_only(wrapper: "Churn | Restart", dynamics: AbstractDynamics) -> None:
+    if not isinstance(dynamics, AddedNoise):
+        raise ValueError(
+            f"{type(wrapper).__name__} adds its own noise to the probability flow, but was given "
+            f"{type(dynamics).__name__}: leave dynamics out (in a plain diffeqsolve, use those of AddedNoise)."
+        )
+    inner = wrapper.solver
+    if isinstance(inner, AbstractFlowSolver):
+        inner.check_dynamics(ProbabilityFlow())
+
+
+class Churn(AbstractWrapper):
+    """EDM's churn: before each step the noise sigma/alpha is raised by a factor 1 + gamma, on any path.
+
+    **Arguments:** `solver`: a one-step solver of the probability flow, `EDMHeun()` for EDM's own sampler; `gamma`: the
+    factor less one (EDM's S_churn divided by the number of steps; at most sqrt 2 - 1 there); `s_min`, `s_max`: the
+    noise levels sigma/alpha between which it is raised; `s_noise`: the standard deviation of the noise that is added.
+
+    The time is not raised past the path's `t_noise`. Evaluations are those of the inner solver. Dense output is linear.
+    Source: Karras et al. (2022), arXiv 2206.00364.
+    """
+
+    solver: diffrax.AbstractSolver
+    gamma: Scalar = eqx.field(converter=as_scalar)
+    s_min: Scalar = eqx.field(default=0.0, converter=as_scalar)
+    s_max: Scalar = eqx.field(default=float("inf"), converter=as_scalar)
+    s_noise: Scalar = eqx.field(default=1.0, converter=as_scalar)
+
+    def __check_init__(self):
+        _check_inner(self.solver, "Churn")
+        if isinstance(self.solver, AbstractMultistep) and self.solver.history > 0:
+            raise ValueError(
+                f"Churn got {type(self.solver).__name__}, whose history does not lie on the churned trajectory: use a "
+                "one-step solver such as EDMHeun(), DPMSolverPPSinglestep() or DDIM()."
+            )
+        check(None, self.gamma < 0, f"Churn got gamma = {self.gamma}, but wants a factor 1 + gamma with gamma >= 0.")
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """Those of the inner solver, which begins anew at each step."""
+        per_step, at_start = _counts(self.solver)
+        return per_step + at_start
+
+    @property
+    def evaluations_at_start(self) -> int:
+        """Those of the inner solver."""
+        return _counts(self.solver)[1]
+
+    @property
+    def default_dynamics(self) -> AbstractDynamics:
+        """The probability flow, with noise at hand; without, where gamma is known to be 0."""
+        return AddedNoise()
+
+    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
+        """Raise for anything but the probability flow with added noise."""
+        _probability_flow_only(self, dynamics)
+
+    def inner_terms(self, terms: diffrax.AbstractTerm, field: FlowField) -> diffrax.AbstractTerm:
+        """The probability flow."""
+        del terms
+        return ProbabilityFlow().terms(field.flow)
+
+    def step(
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: ScalarLike,
+        t1: ScalarLike,
+        y0: State,
+        args: Args,
+        solver_state: Any,
+        made_jump: Any,
+    ) -> tuple[State, None, dict[str, Any], Any, diffrax.RESULTS]:
+        """Raise the noise, then step."""
+        del made_jump
+        field, noise, _ = unwrap(terms, "Churn")
+        assert noise is not None
+        path = field.flow.path
+        t = -as_scalar(t0)
+        alpha, sigma = path.coefficients(t)
+        inside = (sigma >= self.s_min * alpha) & (sigma <= self.s_max * jnp.where(alpha == 0, jnp.inf, alpha))
+        raised = path.time_at(alpha, sigma * (1 + self.gamma))
+        u = jnp.where(inside & (self.gamma > 0), jnp.clip(raised, t, as_scalar(path.t_noise)), t)
+        normal = linear_combination((self.s_noise,), (noise.normal(t0, t1),))
+        x = raise_noise(path, t, u, y0, normal)
+        # The inner solver's state knows nothing of the new x.
+        y1, _, _, state, result = self.solver.step(
+            self.inner_terms(terms, field), -u, as_scalar(t1), x, args, solver_state, True
+        )
+        return y1, None, {"y0": y0, "y1": y1, "formula": None}, state, result
+
+
+class Restart(AbstractWrapper):
+    """Restart sampling around any solver of the probability flow.
+
+    After the step that first reaches `t_min` the noise is raised to that of `t_max` and the flow solved down to
+    where it was, `repeats` times.
+
+    **Arguments:** `solver`: a solver of the probability flow; `interval`: (t_min, t_max), path times; `repeats`: how
+    often; `grid`: the steps of one way down, `grids.LogSNR(4)` by default.
+
+    Evaluations are those of the main steps and of repeats x grid.steps more. Restarts nest. On fixed grids only. Dense
+    output is linear. Source: Xu et al. (2023), arXiv 2306.14878.
+    """
+
+    solver: diffrax.AbstractSolver
+    interval: tuple[Scalar, Scalar]
+    repeats: int = eqx.field(static=True)
+    grid: AbstractGrid
+
+    def __init__(
+        self,
+        solver: diffrax.AbstractSolver,
+        interval: tuple[ScalarLike, ScalarLike],
+        *,
+        repeats: int = 1,
+        grid: AbstractGrid | None = None,
+    ):
+        _check_inner(solver, "Restart")
+        low, high = as_scalar(interval[0]), as_scalar(interval[1])
+        high = check(
+            high, ~(low < high), f"Restart got interval = {interval}, but wants (t_min, t_max), t_min < t_max."
+        )
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f"Restart got repeats = {repeats!r}, but wants an integer of at least 1.")
+        self.solver = solver
+        self.interval = low, high
+        self.repeats = repeats
+        self.grid = LogSNR(4) if grid is None else grid
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """Those of the inner solver."""
+        return _counts(self.solver)[0]
+
+    @property
+    def evaluations_at_start(self) -> int:
+        """Those that do not depend on the main grid: of the start and of the restarts."""
+        per_step, at_start = _counts(self.solver)
+        return at_start + self.repeats * (at_start + self.grid.steps * per_step)
+
+    @property
+    def default_dynamics(self) -> AbstractDynamics:
+        """The probability flow, with noise at hand."""
+        return AddedNoise()
+
+    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
+        """Raise for anything but the probability flow with added noise."""
+        _probability_flow_only(self, dynamics)
+
+    def for_times(self, times: Float[Array, " points"]) -> "Restart":
+        """This solver; raise, where the times are known, unless a solve along them passes through the interval."""
+        low, high = self.interval
+        t_start, t_end = times[0], times[-1]
+        if is_concrete((t_start, t_end, low, high)) and not (t_end <= low and high <= t_start):
+            raise ValueError(
+                f"Restart got the interval from t = {float(low):g} to {float(high):g}, but the solve goes from t = "
+                f"{float(t_start):g} to {float(t_end):g}: take an interval inside."
+            )
+        return self
+
+    def inner_terms(self, terms: diffrax.AbstractTerm, field: FlowField) -> diffrax.AbstractTerm:
+        """The probability flow; for a restart inside a restart, with the noise."""
+        return terms if isinstance(self.solver, Restart) else ProbabilityFlow().terms(field.flow)
+
+    def step(
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: ScalarLike,
+        t1: ScalarLike,
+        y0: State,
+        args: Args,
+        solver_state: Any,
+        made_jump: Any,
+    ) -> tuple[State, None, dict[str, Any], Any, diffrax.RESULTS]:
+        """The inner solver's step, and the restarts if it reaches t_min."""
+        field, noise, _ = unwrap(terms, "Restart")
+        assert noise is not None
+        path = field.flow.path
+        inner = self.inner_terms(terms, field)
+        start, target = as_scalar(t0), as_scalar(t1)
+        y1, _, _, state, result = self.solver.step(inner, start, target, y0, args, solver_state, made_jump)
+        low, high = self.interval
+        reached = (-start > low) & (-target <= low)
+
+        def once(carried: Any, number: Any) -> tuple[Any, None]:
+            x, state = carried
+            ts = -self.grid(path, high, jnp.where(reached, -target, low))
+            x = raise_noise(path, -target, high, x, noise.extra_normal(start, target, number))
+
+            def down(carried: Any, index: Any) -> tuple[Any, None]:
+                x, state = carried
+                x, _, _, state, _ = self.solver.step(inner, ts[index], ts[index + 1], x, args, state, index == 0)
+                return (x, state), None
+
+            return jax.lax.scan(down, (x, state), jnp.arange(self.grid.steps))
+
+        def restarts() -> Any:
+            (x, new_state), _ = jax.lax.scan(once, (y1, state), jnp.arange(self.repeats))
+            return jax.tree.map(lambda a, b: jnp.where(reached, a, b), (x, new_state), (y1, state))
+
+        # All examples of a batch step together: one branch is run, also under vmap.
+        y1, state = jax.lax.cond(eqxi.unvmap_any(reached), restarts, lambda: (y1, state))
+        return y1, None, {"y0": y0, "y1": y1, "formula": None}, state, result
+
+
+class LangevinCorrector(AbstractWrapper):
+    r"""A predictor-corrector sampler: each step of a solver is followed by Langevin dynamics at the time reached.
+
+    $$x \leftarrow x + \delta \sigma^2\, \mathrm{score} + \sqrt{2 \delta}\, \sigma z
+                  = x - \delta \sigma E[\epsilon|x] + \sqrt{2\delta}\, \sigma z$$
+
+    **Arguments:** `solver`: any solver, of the probability flow or, as in the paper, of `ReverseSDE`; `steps`: how many
+    Langevin steps; `snr`: the paper's rule $\delta = 2\, (\mathrm{snr}\, |z|/|E[\epsilon|x]|)^2$, for each example by
+    its own norms (the paper takes the mean over the batch); or `step_size`: delta itself. By default snr = 0.16.
+
+    Where sigma = 0 there is nothing to correct. Evaluations are those of the inner solver and `steps` more a step.
+    Dense output is linear. Source: Song et al. (2020), arXiv 2011.13456.
+    """
+
+    solver: diffrax.AbstractSolver
+    steps: int = eqx.field(static=True)
+    snr: Scalar | None
+    step_size: Scalar | None
+
+    def __init__(
+        self,
+        solver: diffrax.AbstractSolver,
+        *,
+        steps: int = 1,
+        snr: ScalarLike | None = None,
+        step_size: ScalarLike | None = None,
+    ):
+        _check_inner(solver, "LangevinCorrector")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"LangevinCorrector got steps = {steps!r}, but wants an integer of at least 1.")
+        if snr is not None and step_size is not None:
+            raise ValueError("LangevinCorrector got both snr and step_size: give one, each sets the length of a step.")
+        if snr is None and step_size is None:
+            snr = 0.16
+        self.solver = solver
+        self.steps = steps
+        self.snr = None if snr is None else _check_length(snr, "snr")
+        self.step_size = None if step_size is None else _check_length(step_size, "step_size")
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """Those of the inner solver and one for each Langevin step."""
+        per_step, at_start = _counts(self.solver)
+        return per_step + at_start + self.steps
+
+    @property
+    def evaluations_at_start(self) -> int:
+        """Those of the inner solver."""
+        return _counts(self.solver)[1]
+
+    @property
+    def default_dynamics(self) -> AbstractDynamics:
+        """The inner solver's if that is stochastic, else the probability flow with noise at hand."""
+        inner = self.solver.default_dynamics if isinstance(self.solver, AbstractFlowSolver) else ProbabilityFlow()
+        return inner if inner.stochastic else AddedNoise()
+
+    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
+        """Raise for an equation that the inner solver does not solve, or without noise."""
+        name = type(self.solver).__name__
+        if not dynamics.stochastic:
+            raise ValueError(
+                "LangevinCorrector draws noise, but was given ProbabilityFlow: leave dynamics out, or use AddedNoise()."
+            )
+        if not isinstance(dynamics, AddedNoise) and not isinstance(self.solver, diffrax.AbstractItoSolver):
+            raise ValueError(
+                f"{name} inside LangevinCorrector does not solve {type(dynamics).__name__}: leave dynamics out, "
+                "or wrap a solver for it such as DDIM()."
+            )
+        if isinstance(self.solver, AbstractFlowSolver):
+            self.solver.check_dynamics(ProbabilityFlow() if isinstance(dynamics, AddedNoise) else dynamics)
+
+    def inner_terms(self, terms: diffrax.AbstractTerm, field: FlowField) -> diffrax.AbstractTerm:
+        """The probability flow, or the stochastic equation that was given."""
+        return ProbabilityFlow().terms(field.flow) if isinstance(field.dynamics, AddedNoise) else terms
+
+    def step(
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: ScalarLike,
+        t1: ScalarLike,
+        y0: State,
+        args: Args,
+        solver_state: Any,
+        made_jump: Any,
+    ) -> tuple[State, None, dict[str, Any], Any, diffrax.RESULTS]:
+        """The inner solver's step, then Langevin's."""
+        del made_jump
+        field, noise, _ = unwrap(terms, "LangevinCorrector")
+        assert noise is not None
+        path = field.flow.path
+        start, target = as_scalar(t0), as_scalar(t1)
+        # The state that the inner solver kept is of before the correction.
+        fresh = _counts(self.solver)[1] > 0
+        x, _, _, state, result = self.solver.step(
+            self.inner_terms(terms, field), start, target, y0, args, solver_state, fresh
+        )
+        sigma = path.coefficients(-target)[1]
+        clean = sigma == 0
+        # On clean data, where the noise is not defined, a time at which it is; its step has length 0.
+        t = jnp.where(clean, -start, -target)
+        eps_mixture = (jnp.zeros_like(t), jnp.ones_like(t), jnp.ones_like(t))
+
+        def langevin(x: State, number: Any) -> tuple[State, None]:
+            eps = field.mixture(eps_mixture, t, x, args)
+            z = noise.extra_normal(start, target, number)
+            if self.step_size is None:
+                assert self.snr is not None
+                delta = 2 * self.snr**2 * tree_dot(z, z) / tree_dot(eps, eps)
+            else:
+                delta = self.step_size
+            delta = delta.astype(sigma.dtype)
+            return linear_combination((1.0, -delta * sigma, jnp.sqrt(2 * delta) * sigma), (x, eps, z)), None
+
+        x, _ = jax.lax.scan(langevin, x, jnp.arange(self.steps))
+        return x, None, {"y0": y0, "y1": x, "formula": None}, state, result
+
+
+def _check_length(value: ScalarLike, name: str) -> Scalar:
+    length = as_scalar(value)
+    return check(length, ~(length > 0), f"LangevinCorrector got {name} = {value}, but wants it positive.")
