@@ -164,7 +164,6 @@ PREDICTIONS: dict[str, predictions.AbstractPrediction] = {
 #: name -> (solver, order on the probability flow from a start that has it, evaluations a step)
 SOLVERS: dict[str, tuple[solvers.AbstractFlowSolver, int, int]] = {
     "ddim": (solvers.DDIM(), 1, 1),
-    "dpm_1": (solvers.DPMSolverPP(1), 1, 1),
     "dpm_2m": (solvers.DPMSolverPP(2), 2, 1),
     "dpm_3m": (solvers.DPMSolverPP(3), 3, 1),
     "dpm_3m_published": (solvers.DPMSolverPP(3, as_published=True), 2, 1),
@@ -177,8 +176,6 @@ SOLVERS: dict[str, tuple[solvers.AbstractFlowSolver, int, int]] = {
     "unipc_2_predictor": (solvers.UniPC(2, corrector=False), 2, 1),
     "unipc_3_predictor": (solvers.UniPC(3, corrector=False), 3, 1),
     "adaptive_unipc_3": (solvers.AdaptiveUniPC(3), 4, 1),
-    "deis_1": (solvers.DEIS(1), 1, 1),
-    "deis_2": (solvers.DEIS(2), 2, 1),
     "deis_3": (solvers.DEIS(3), 3, 1),
     "deis_4": (solvers.DEIS(), 4, 1),
     "lms_4": (solvers.LMS(4), 4, 1),

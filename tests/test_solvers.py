@@ -34,7 +34,7 @@ ORDERS = {
 # ln alpha of a discrete path has kinks between its steps, which no high order survives.
 SMOOTH = [name for name in PATHS if not name.startswith("discrete")]
 # All solvers on three paths, and one of each kind on the others.
-EVERYWHERE = ("euler", "heun", "tsit5", "ddim", "unipc_3", "deis_3", "ab_2_data")
+EVERYWHERE = ("euler", "heun", "tsit5", "ddim", "unipc_2")
 CASES = [(path, name) for path in SMOOTH for name in ORDERS if path in ("linear", "vp", "edm") or name in EVERYWHERE]
 # Constant coefficients are right for equal steps in sigma/alpha, which is the time of EDM.
 HIGHER = {("edm", "ipndm_4"): 4}
