@@ -197,6 +197,11 @@ CASES = {
         ValueError,
         "adds its own noise",
     ),
+    "nested_wrappers": (
+        lambda: fs.solvers.Restart(fs.solvers.Churn(fs.solvers.EDMHeun(), 0.1), (0.3, 0.6)),
+        ValueError,
+        "Restart got Churn, which adds noise of its own",
+    ),
     "restart_interval": (
         lambda: fs.solvers.Restart(fs.solvers.EDMHeun(), (0.6, 0.3)),
         ValueError,

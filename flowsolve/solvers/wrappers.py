@@ -78,7 +78,12 @@ def _counts(solver: diffrax.AbstractSolver) -> tuple[int, int]:
 
 
 def _check_inner(solver: object, name: str) -> None:
-    """Raise unless `solver` steps through the probability flow with a known number of evaluations."""
+    """Raise unless `solver` is a plain solver with a known number of evaluations."""
+    if isinstance(solver, AbstractWrapper):
+        raise ValueError(
+            f"{name} got {type(solver).__name__}, which adds noise of its own, but wants a plain solver such as "
+            "solvers.EDMHeun(): wrappers do not nest."
+        )
     if not isinstance(solver, diffrax.AbstractSolver) or evaluation_counts(solver) is None:
         raise TypeError(
             f"{name} got solver = {type(solver).__name__}, but wants a solver whose evaluations are known, such as "
@@ -136,7 +141,7 @@ class Churn(AbstractWrapper):
 
     @property
     def default_dynamics(self) -> AbstractDynamics:
-        """The probability flow, with noise at hand; without, where gamma is known to be 0."""
+        """The probability flow, with noise at hand."""
         return AddedNoise()
 
     def check_dynamics(self, dynamics: AbstractDynamics) -> None:
@@ -186,8 +191,8 @@ class Restart(AbstractWrapper):
     **Arguments:** `solver`: a solver of the probability flow; `interval`: (t_min, t_max), path times; `repeats`: how
     often; `grid`: the steps of one way down, `grids.LogSNR(4)` by default.
 
-    Evaluations are those of the main steps and of repeats x grid.steps more. Restarts nest. On fixed grids only. Dense
-    output is linear. Source: Xu et al. (2023), arXiv 2306.14878.
+    Evaluations are those of the main steps and of repeats x grid.steps more. On fixed grids only. Dense output is
+    linear. Source: Xu et al. (2023), arXiv 2306.14878.
     """
 
     solver: diffrax.AbstractSolver
@@ -247,8 +252,9 @@ class Restart(AbstractWrapper):
         return self
 
     def inner_terms(self, terms: diffrax.AbstractTerm, field: FlowField) -> diffrax.AbstractTerm:
-        """The probability flow; for a restart inside a restart, with the noise."""
-        return terms if isinstance(self.solver, Restart) else ProbabilityFlow().terms(field.flow)
+        """The probability flow."""
+        del terms
+        return ProbabilityFlow().terms(field.flow)
 
     def step(
         self,
