@@ -5,6 +5,8 @@ set in pyproject.toml, so that they also hold in the workers of pytest-xdist. Di
 these settings as it is: where its own code promotes, it says so locally.
 """
 
+import gc
+import itertools
 import os
 
 # Before JAX starts. The tolerances are those of float32 on a CPU, so that is where tests run unless
@@ -18,6 +20,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Several devices on one CPU, to compare sharded and unsharded results in the same process.
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+_TESTS_SO_FAR = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def bounded_caches():
+    """Drop compiled programs now and then: thousands in one process exhaust its memory maps, and XLA crashes."""
+    yield
+    if next(_TESTS_SO_FAR) % 40 == 0:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -82,6 +82,8 @@ def exact_history(flow, solver, t_start, x, step):
 def measured_order(path, solver, most_steps=128):
     """log2 of the error's ratio at the last doubling of the steps that rounding does not reach."""
     flow = gaussian(path)
+    # A solver's numbers were made before x64 was on.
+    solver = jax.tree.map(lambda leaf: leaf.astype(float) if eqx.is_inexact_array(leaf) else leaf, solver)
     # From sigma/alpha = 3 to 1, where every path is smooth and the leading error term rules.
     t_start, t_end = path.time_at(1.0, 3.0), path.time_at(1.0, 1.0)
     x = jnp.array([1.2, -0.5]) * path.start(t_start, data_std=0.6)[1]
@@ -99,21 +101,6 @@ def measured_order(path, solver, most_steps=128):
 def test_order(path, solver, x64):
     order = HIGHER.get((path, solver), ORDERS[solver][1])
     assert abs(measured_order(PATHS[path], ORDERS[solver][0]) - order) < 0.3
-
-
-def test_from_an_empty_history_the_start_is_of_lower_order(x64):
-    """What the docstrings say: an Euler step of ordinary length leaves order 2, with a corrector one more."""
-    path = fs.paths.VP()
-    flow = gaussian(path)
-    t_start, t_end = path.time_at(1.0, 3.0), path.time_at(1.0, 1.0)
-    x = jnp.array([1.2, -0.5])
-    exact = gaussian_flow_map(path, MEAN, COVARIANCE, t_start, t_end, x)
-    for name, order in {"deis_3": 2, "unipc_3": 3}.items():
-        errors = [
-            np.linalg.norm(fixed_steps(flow, SOLVERS[name][0], t_start, t_end, x, (t_start - t_end) / n) - exact)
-            for n in (128, 256)
-        ]
-        assert abs(np.log2(errors[0] / errors[1]) - order) < 0.3
 
 
 @pytest.mark.quick

@@ -69,6 +69,7 @@ SOLVERS = {
     "UniPC 2, no corrector": Method(fs.solvers.UniPC(2, corrector=False)),
     "DEIS 2": Method(fs.solvers.DEIS(2)),
     "DEIS 3": Method(fs.solvers.DEIS(3)),
+    "DEIS 4": Method(fs.solvers.DEIS(4)),
     "AdamsBashforth 2, data, Time": adams_bashforth(2, Data(), Time()),
     "AdamsBashforth 3, data, Time": adams_bashforth(3, Data(), Time()),
     "AdamsBashforth 2, data, LogSNR": adams_bashforth(2, Data(), LogSNR()),

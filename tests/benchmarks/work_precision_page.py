@@ -70,7 +70,7 @@ PICTURES = {
         ("DEIS 3", "VPPower(2)"),
         ("IPNDM 3", "Power(2)"),
         ("AdamsBashforth 2, data, Time", "Power(2)"),
-        ("AdamsBashforth 3, velocity, Time", "VPPower(2)"),
+        ("AdamsBashforth 4, velocity, Time", "VPPower(2)"),
         ("Tuned", "tuned"),
     ),
     "EDM": (
@@ -78,7 +78,7 @@ PICTURES = {
         ("EDMHeun", "Karras"),
         ("DPMSolverPP 2", "Karras"),
         ("DPMSolverPP 2", "LogSNR"),
-        ("UniPC 2", "LogSNR"),
+        ("UniPC 3", "VPPower(2)"),
         ("DEIS 3", "VPPower(2)"),
         ("IPNDM 3", "LogSNR"),
         ("AdamsBashforth 3, data, VPTime", "VPPower(2)"),
