@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -121,10 +122,10 @@ SDE_GRIDS = {"Linear": ("Uniform", "LogSNR", "VPPower(2)"), "EDM": ("Karras", "L
 SDE_EVALUATIONS, SDE_SAMPLES, EXACT_SETS, DIRECTIONS = (10, 20, 40), 16_384, 16, 256
 
 # Learnt for each flow and NFE.
-TUNED, TUNING_NOISES = "Tuned", 4096
+TUNED, TUNING_NOISES, TUNING_UPDATES = "Tuned", 4096, 2500
 
 DIGITS_GRIDS = ("Uniform", "Power(2)", "LogSNR", "VPPower(2)")
-DIGITS_NOISES = 250
+DIGITS_NOISES, DIGITS_TUNING_NOISES, DIGITS_TUNING_UPDATES = 250, 1000, 600
 FRECHET_EVALUATIONS, TUNED_FRECHET = (5, 6, 8, 10, 12, 20), (5, 6, 8, 10)
 FRECHET_PAIRS = (
     ("DDIM", "Uniform"),
@@ -242,32 +243,52 @@ def fixed_pairs(evaluations: Iterable[int], grids: Iterable[str], chosen: Iterab
                 yield Pair(name, grid, nfe, lambda problem, pair=pair: pair)
 
 
-def tune(problem: Problem, nfe: int) -> tuple[diffrax.AbstractSolver, fs.grids.AbstractGrid]:
+class Tuning(NamedTuple):
+    """How a tuned pair is learnt."""
+
+    noises: int = TUNING_NOISES
+    updates: int = TUNING_UPDATES
+
+
+def tune(problem: Problem, nfe: int, tuning: Tuning) -> tuple[diffrax.AbstractSolver, fs.grids.AbstractGrid]:
     """The pair that is learnt for the problem's flow, from noises of its own."""
     like = jax.ShapeDtypeStruct(problem.x_start.shape[1:], problem.x_start.dtype)
-    args = jax.tree.map(lambda leaf: jnp.resize(leaf, (TUNING_NOISES, *leaf.shape[1:])), problem.args)
+    args = jax.tree.map(lambda leaf: jnp.resize(leaf, (tuning.noises, *leaf.shape[1:])), problem.args)
     tuned = fs.tuning.tune(
-        problem.flow, like, steps=nfe, key=jax.random.key(0), args=args, num=TUNING_NOISES, progress=False
+        problem.flow,
+        like,
+        steps=nfe,
+        key=jax.random.key(0),
+        args=args,
+        num=tuning.noises,
+        updates=tuning.updates,
+        progress=False,
     )
-    return tuned.solver, tuned.grid
+    return jax.block_until_ready((tuned.solver, tuned.grid))
 
 
-def tuned_pairs(evaluations: Iterable[int], chosen: Iterable[str]) -> Iterator[Pair]:
+def tuned_pairs(evaluations: Iterable[int], chosen: Iterable[str], tuning: Tuning) -> Iterator[Pair]:
     """One more row, another pair for each problem and NFE."""
     for nfe in evaluations if TUNED in chosen else ():
-        yield Pair(TUNED, "tuned", nfe, lambda problem, nfe=nfe: tune(problem, nfe))
+        yield Pair(TUNED, "tuned", nfe, lambda problem, nfe=nfe: tune(problem, nfe, tuning))
 
 
-def measure_table(problems: list[Problem], pairs: Iterable[Pair], name: str) -> dict[str, dict[str, list[float]]]:
-    """{"solver | grid": {NFE: [RMS, median]}}, the mean over the problems."""
-    table: dict[str, dict[str, list[float]]] = {}
+#: {"solver | grid": {NFE: one list of figures for each problem}}
+Figures = dict[str, dict[str, list[list[float]]]]
+
+
+def measure_table(problems: list[Problem], pairs: Iterable[Pair], name: str) -> Figures:
+    """Of each pair on each problem [RMS, median, seconds that the pair took to make]."""
+    table: Figures = {}
     for pair in tqdm(list(pairs), desc=name, mininterval=5):
         figures = []
         for problem in problems:
+            start = time.perf_counter()
             solver, grid = pair.on(problem)
-            figures.append(errors(solve(problem.flow, problem.x_start, problem.args, solver, grid), problem.exact))
-        row = table.setdefault(f"{pair.solver_name} | {pair.grid_name}", {})
-        row[str(pair.nfe)] = np.mean(figures, axis=0).tolist()
+            seconds = time.perf_counter() - start
+            x = solve(problem.flow, problem.x_start, problem.args, solver, grid)
+            figures.append([*errors(x, problem.exact), seconds])
+        table.setdefault(f"{pair.solver_name} | {pair.grid_name}", {})[str(pair.nfe)] = figures
     return table
 
 
@@ -289,7 +310,8 @@ def measure_path(name: str, options: Options) -> dict:
     """The errors on the mixtures, on one path."""
     problems = [mixture_problem(PATHS[name], seed, options.noises) for seed in options.seeds]
     fixed = fixed_pairs(options.evaluations, GRIDS, options.solvers)
-    return {"errors": measure_table(problems, [*fixed, *tuned_pairs(options.tuned, options.solvers)], name)}
+    tuned = tuned_pairs(options.tuned, options.solvers, Tuning())
+    return {"errors": measure_table(problems, [*fixed, *tuned], name)}
 
 
 def sliced_distance(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"], directions: np.ndarray) -> float:
@@ -369,7 +391,14 @@ def measure_digits(options: Options) -> dict:
         flow = eqx.tree_deserialise_leaves(options.checkpoint, flow)
     problem = digits_problem(flow, DIGITS_NOISES, digits.LIKE.shape, digits.CLASSES)
     fixed = fixed_pairs(options.evaluations, DIGITS_GRIDS, options.solvers)
-    table = measure_table([problem], [*fixed, *tuned_pairs(options.tuned, options.solvers)], "digits")
+    # Learnt once, for the errors and for the Frechet distances.
+    evaluations = sorted({*options.tuned, *TUNED_FRECHET})
+    tuning = Tuning(DIGITS_TUNING_NOISES, DIGITS_TUNING_UPDATES)
+    tuned = [
+        pair._replace(on=lambda problem, learnt=pair.on(problem): learnt)
+        for pair in tuned_pairs(evaluations, options.solvers, tuning)
+    ]
+    table = measure_table([problem], [*fixed, *(pair for pair in tuned if pair.nfe in options.tuned)], "digits")
 
     classifier = digits.train_classifier(train, size.classifier_steps, classifier_key)
     features = eqx.filter_jit(lambda classifier, images: jax.vmap(classifier.features)(images))
@@ -386,12 +415,14 @@ def measure_digits(options: Options) -> dict:
     pairs = [
         pair for pair in fixed_pairs(FRECHET_EVALUATIONS, DIGITS_GRIDS, options.solvers) if pair[:2] in FRECHET_PAIRS
     ]
-    for pair in tqdm([*pairs, *tuned_pairs(TUNED_FRECHET, options.solvers)], desc="Frechet distances", mininterval=5):
+    pairs += [pair for pair in tuned if pair.nfe in TUNED_FRECHET]
+    for pair in tqdm(pairs, desc="Frechet distances", mininterval=5):
         solver, grid = pair.on(problem)
         value = distance(lambda x_start, solver=solver, grid=grid: solve(flow, x_start, labels, solver, grid))
         frechet.setdefault(f"{pair.solver_name} | {pair.grid_name}", {})[str(pair.nfe)] = value
     exact = distance(lambda x_start: accurate(flow, x_start, labels, 1e-5))
     return {
+        "counts": {"samples": DIGITS_NOISES, **tuning._asdict()},
         "errors": table,
         "frechet": frechet,
         "accurate": exact,
