@@ -32,6 +32,15 @@ def check(value: _T, bad: bool | np.bool_ | Bool[Array, "..."], message: str) ->
     return value
 
 
+def check_count(count: object, what: str, *, least: int = 1, most: int | None = None) -> int:
+    """`count` as an int; raise unless it is an integer, at least `least` and at most `most`."""
+    integer = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not integer or count < least or (most is not None and count > most):
+        span = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{what} = {count!r}, but wants an integer {span}.")
+    return int(count)
+
+
 def check_state(x: Like, name: str) -> None:
     """Raise unless `x` is a non-empty pytree of floating-point arrays (or their shapes)."""
     leaves = jax.tree.leaves(x)

@@ -26,7 +26,8 @@ from .flow import AbstractFlow
 from .grids import AbstractGrid, LogSNR
 from .paths import AbstractPath
 from .predictions import is_singular
-from .solvers import DDIM, AbstractFlowSolver, Restart, TunedMultistep, UniPC
+from .solvers import DDIM, AbstractFlowSolver
+from .solvers.base import AbstractGridAwareSolver
 from .solvers.counts import evaluations
 
 _T = TypeVar("_T")
@@ -103,7 +104,7 @@ def settle(
         (start >= end) if encode else (start <= end),
         f"The solve goes from t = {_show(start)} to t = {_show(end)}, but its times must {wanted}.",
     )
-    if isinstance(solver, Restart | TunedMultistep | UniPC):
+    if isinstance(solver, AbstractGridAwareSolver):
         solver = solver.for_times(jnp.stack([start, end]) if ts is None else -ts)
     settings = Settings(solver, dynamics, ts, controller, start, end)
     _check_singular(flow, settings)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
-from ._checks import check_key
+from ._checks import check_count, check_key
 from ._numerics import normal_like, tree_dot
 from ._types import Like, PRNGKey, Scalar, State
 
@@ -49,9 +49,8 @@ class Exact(AbstractDivergence):
     random: ClassVar[bool] = False
 
     def __check_init__(self):
-        size = self.batch_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"Exact got batch_size = {size!r}, but wants an integer of at least 1, or None for all.")
+        if self.batch_size is not None:
+            check_count(self.batch_size, "Exact got batch_size")
 
     def probes(self, like: Like, key: PRNGKey | None) -> PyTree:
         del like, key
@@ -96,8 +95,7 @@ class Hutchinson(AbstractDivergence):
     random: ClassVar[bool] = True
 
     def __check_init__(self):
-        if isinstance(self.num_probes, bool) or not isinstance(self.num_probes, int) or self.num_probes < 1:
-            raise ValueError(f"Hutchinson got num_probes = {self.num_probes!r}, but wants an integer of at least 1.")
+        check_count(self.num_probes, "Hutchinson got num_probes")
 
     def probes(self, like: Like, key: PRNGKey | None) -> PyTree:
         key = check_key(key, "the Hutchinson divergence")

@@ -93,10 +93,8 @@ class AbstractDynamics(eqx.Module):
         return -d_alpha, -(d_sigma + self.noise_weight(path, t)), jnp.ones_like(t)
 
 
-class ProbabilityFlow(AbstractDynamics):
-    """The deterministic flow dx = v dt. Source: Song et al. (2020), arXiv 2011.13456."""
-
-    stochastic: ClassVar[bool] = False
+class _AbstractNoiseless(AbstractDynamics):
+    """The equation dx = v dt."""
 
     def noise_weight(self, path: AbstractPath, t: Scalar) -> Scalar:
         del path
@@ -113,6 +111,12 @@ class ProbabilityFlow(AbstractDynamics):
     def kept(self, path: AbstractPath, t_from: Scalar, t_to: Scalar) -> Scalar:
         del path, t_from
         return jnp.ones_like(t_to)
+
+
+class ProbabilityFlow(_AbstractNoiseless):
+    """The deterministic flow dx = v dt. Source: Song et al. (2020), arXiv 2011.13456."""
+
+    stochastic: ClassVar[bool] = False
 
     def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
         if brownian is not None:
@@ -122,29 +126,13 @@ class ProbabilityFlow(AbstractDynamics):
         return diffrax.ODETerm(FlowField(flow, self))
 
 
-class AddedNoise(AbstractDynamics):
+class AddedNoise(_AbstractNoiseless):
     """The probability flow, with noise at hand for solvers that add their own: `Churn`, `Restart`.
 
     The equation itself is dx = v dt; only what the solver adds is random.
     """
 
     stochastic: ClassVar[bool] = True
-
-    def noise_weight(self, path: AbstractPath, t: Scalar) -> Scalar:
-        del path
-        return jnp.zeros_like(t)
-
-    def diffusion(self, path: AbstractPath, t: Scalar) -> Scalar:
-        del path
-        return jnp.zeros_like(t)
-
-    def level_squared(self, path: AbstractPath, t: Scalar) -> Scalar:
-        del path
-        return jnp.zeros_like(t)
-
-    def kept(self, path: AbstractPath, t_from: Scalar, t_to: Scalar) -> Scalar:
-        del path, t_from
-        return jnp.ones_like(t_to)
 
     def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
         return _stochastic_terms(self, flow, brownian)

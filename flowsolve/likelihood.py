@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ._checks import check, check_key, check_state
+from ._checks import check, check_count, check_key, check_state
 from ._integrate import (
     Settings,
     check_network,
@@ -137,11 +137,10 @@ def bits_per_dim(log_prob: Scalar, dim: int | np.integer, *, bin_width: ScalarLi
 
     Source: Theis, van den Oord & Bethge (2015), arXiv 1511.01844.
     """
-    if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or dim < 1:
-        raise ValueError(f"dim is {dim!r}, but wants the number of elements of one example, an integer of at least 1.")
+    dim = check_count(dim, "bits_per_dim got dim")
     width = as_scalar(bin_width)
     width = check(width, ~(width > 0), f"bin_width is {bin_width}, but wants the positive width of one level.")
-    return -(log_prob / int(dim) + jnp.log(width)) / math.log(2)
+    return -(log_prob / dim + jnp.log(width)) / math.log(2)
 
 
 class _AugmentedField(eqx.Module):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from ._checks import check_key, check_state, describe
+from ._checks import check_count, check_key, check_state, describe
 from ._integrate import (
     Settings,
     check_network,
@@ -165,9 +165,7 @@ def sample(
     """
     check_state(like, "like")
     key = check_key(key, "sampling")
-    if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 1:
-        raise ValueError(f"num is {num!r}, but wants the number of samples, an integer of at least 1.")
-    num = int(num)
+    num = check_count(num, "sampling got num")
     _check_batch(args, num)
     settings = settle(
         flow, solver=solver, grid=grid, controller=controller, dynamics=dynamics, t_start=t_start, t_end=t_end

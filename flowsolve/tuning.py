@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import check_key, check_state
+from ._checks import check_count, check_key, check_state
 from ._integrate import check_network, check_type, settle
 from ._numerics import as_scalar, normal_with, state_like, tree_size
 from ._progress import import_tqdm
@@ -124,15 +124,9 @@ def tune(
     """
     check_state(like, "like")
     key = check_key(key, "tuning")
-    for name, count, least in (
-        ("steps", steps, 1),
-        ("num", num, 1),
-        ("updates", updates, 1),
-        ("batch_size", batch_size, 1),
-        ("history", history, 0),
-    ):
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < least:
-            raise ValueError(f"{name} is {count!r}, but wants an integer of at least {least}.")
+    steps, num = check_count(steps, "tune got steps"), check_count(num, "tune got num")
+    updates, batch_size = check_count(updates, "tune got updates"), check_count(batch_size, "tune got batch_size")
+    history = check_count(history, "tune got history", least=0)
     tqdm = import_tqdm("tune") if progress else None
     like = state_like(like)
     if grid is not None:
@@ -157,7 +151,7 @@ def tune(
     x_start, x_end = _references(
         flow,
         like,
-        int(num),
+        num,
         noise_key,
         args,
         diffrax.Dopri8() if reference_solver is None else reference_solver,
@@ -173,8 +167,8 @@ def tune(
         )
     task = _Task(flow, solver, start_time, end_time, x_start, x_end, args, known, as_scalar(rms_weight))
 
-    first = _first(grid(flow.path, start_time, end_time), int(history))
-    learnt = _descend(task, first, batch_key, int(updates), int(batch_size), as_scalar(learning_rate), tqdm)
+    first = _first(grid(flow.path, start_time, end_time), history)
+    learnt = _descend(task, first, batch_key, updates, batch_size, as_scalar(learning_rate), tqdm)
     before, after = float(_value(task, first)), float(_value(task, learnt))
     if not np.isfinite(after):
         raise RuntimeError(

@@ -212,6 +212,16 @@ CASES = {
         ValueError,
         "take an interval inside",
     ),
+    "tuned_beside_its_grid": (
+        lambda: fs.solvers.Churn(tuned_solver(), 0.1),
+        ValueError,
+        "steps through its own grid alone",
+    ),
+    "langevin_of_a_corrector": (
+        lambda: fs.solvers.LangevinCorrector(fs.solvers.UniPC(2)),
+        ValueError,
+        "would undo what Langevin's steps do",
+    ),
     "langevin_both": (
         lambda: fs.solvers.LangevinCorrector(fs.solvers.DDIM(), snr=0.1, step_size=0.1),
         ValueError,
@@ -225,7 +235,7 @@ CASES = {
     "tune_steps": (
         lambda: fs.tuning.tune(FLOW, X, steps=0, key=KEY, progress=False),
         ValueError,
-        "steps is 0, but wants an integer of at least 1",
+        "steps = 0, but wants an integer of at least 1",
     ),
     "tune_grid": (
         lambda: fs.tuning.tune(FLOW, X, steps=3, grid=fs.grids.Uniform(4), key=KEY, progress=False),
@@ -244,8 +254,8 @@ CASES = {
         r"outside \[0, 1\]",
     ),
     "negative_eta": (lambda: fs.dynamics.ReverseSDE(-0.5), ValueError, "eta = -0.5.*eta >= 0"),
-    "num_zero": (lambda: sample(num=0), ValueError, "num is 0.*at least 1"),
-    "num_float": (lambda: sample(num=2.0), ValueError, "num is 2.0"),
+    "num_zero": (lambda: sample(num=0), ValueError, "num = 0.*at least 1"),
+    "num_float": (lambda: sample(num=2.0), ValueError, "num = 2.0"),
     "args_axis": (lambda: sample(args=jnp.arange(3)), ValueError, r"int32\[3\] for num = 2"),
     "encode_sde": (lambda: fs.encode(FLOW, X, solver=fs.solvers.DDIM(1.0)), ValueError, "encode follows"),
     "log_prob_ddim": (

@@ -75,9 +75,12 @@ def as_steps(steps: int | np.integer) -> int:
     return int(steps)
 
 
-def check_positive(owner: AbstractGrid, name: str, value: Scalar) -> None:
-    if is_concrete(value) and not (value > 0 and jnp.isfinite(value)):
-        raise ValueError(f"{type(owner).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
+def check_positive(grid: AbstractGrid, *names: str) -> None:
+    """Raise unless the fields of these names are positive and finite, where they are known."""
+    for name in names:
+        value = getattr(grid, name)
+        if is_concrete(value) and not (value > 0 and jnp.isfinite(value)):
+            raise ValueError(f"{type(grid).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
 
 
 def inner_fractions(steps: int) -> Float[Array, " {steps}-1"]:

@@ -3,7 +3,7 @@ r"""Grids laid out in the noise level $r = \sigma/\alpha$, so that they take the
 Where r is 0 or infinite at an end, a finite level stands for it: see the top of `flowsolve.grids`.
 """
 
-from collections.abc import Callable
+import abc
 
 import equinox as eqx
 import jax
@@ -35,26 +35,27 @@ def _end_levels(
     return first, _log_ratio(path, t_end, onto_data, jnp.log(sigma_min)), onto_data
 
 
-def _inner_levels(
-    path: AbstractPath,
-    t_start: Scalar,
-    t_end: Scalar,
-    steps: int,
-    sigma_min: Scalar,
-    sigma_max: Scalar,
-    place_between: Callable[[Scalar, Scalar, Array], Array],
-) -> Float[Array, " {steps}-1"]:
-    """The times whose ln(sigma/alpha) is `place_between` those of the ends, with infinite ends replaced."""
-    first, last, onto_data = _end_levels(path, t_start, t_end, sigma_min, sigma_max)
-    # Onto clean data `last` is already reached one step before the end.
-    reached = jnp.where(onto_data, max(steps - 1, 1), steps).astype(first.dtype)
-    # What is left of the way, from below 1 down, and exactly 0 where `last` is reached.
-    rests = (reached - jnp.arange(1, steps, dtype=float)) / reached
-    levels = place_between(first, last, rests)
-    return jax.vmap(lambda level: path.inverse_log_snr(-2 * level))(levels)
+class _AbstractLevels(AbstractPathGrid):
+    """A rule for ln(sigma/alpha) between the two ends, of which infinite ones are replaced."""
+
+    sigma_min: eqx.AbstractVar[Scalar]
+    sigma_max: eqx.AbstractVar[Scalar]
+
+    @abc.abstractmethod
+    def between(self, first: Scalar, last: Scalar, rests: Array) -> Array:
+        """ln(sigma/alpha) between those of the ends, where `rests` of the way are left, below 1 and down to 0."""
+
+    def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
+        first, last, onto_data = _end_levels(path, t_start, t_end, self.sigma_min, self.sigma_max)
+        # Onto clean data `last` is already reached one step before the end.
+        reached = jnp.where(onto_data, max(steps - 1, 1), steps).astype(first.dtype)
+        # What is left of the way: exactly 0 where `last` is reached.
+        rests = (reached - jnp.arange(1, steps, dtype=float)) / reached
+        levels = self.between(first, last, rests)
+        return jax.vmap(lambda level: path.inverse_log_snr(-2 * level))(levels)
 
 
-class Karras(AbstractPathGrid):
+class Karras(_AbstractLevels):
     """EDM's grid: (sigma/alpha)^(1/rho) in equal steps; a larger rho takes smaller steps at low noise.
 
     r_i = [r_0^(1/rho) + i/n (r_n^(1/rho) - r_0^(1/rho))]^rho, r = sigma/alpha.
@@ -73,19 +74,14 @@ class Karras(AbstractPathGrid):
     sigma_max: Scalar = eqx.field(default=80.0, converter=as_scalar)
 
     def __check_init__(self):
-        check_positive(self, "rho", self.rho)
-        check_positive(self, "sigma_min", self.sigma_min)
-        check_positive(self, "sigma_max", self.sigma_max)
+        check_positive(self, "rho", "sigma_min", "sigma_max")
 
-    def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
-        def place_between(first: Scalar, last: Scalar, rest: Array) -> Array:
-            root_first, root_last = jnp.exp(first / self.rho), jnp.exp(last / self.rho)
-            return self.rho * jnp.log(root_first * rest + root_last * (1 - rest))
-
-        return _inner_levels(path, t_start, t_end, steps, self.sigma_min, self.sigma_max, place_between)
+    def between(self, first: Scalar, last: Scalar, rests: Array) -> Array:
+        root_first, root_last = jnp.exp(first / self.rho), jnp.exp(last / self.rho)
+        return self.rho * jnp.log(root_first * rests + root_last * (1 - rests))
 
 
-class LogSNR(AbstractPathGrid):
+class LogSNR(_AbstractLevels):
     """Equal steps in log-SNR, the grid of DPM-Solver and k-diffusion's "exponential" one.
 
     It is the limit of `Karras` at large rho, and `PolyExponential` at rho = 1.
@@ -102,17 +98,13 @@ class LogSNR(AbstractPathGrid):
     sigma_max: Scalar = eqx.field(default=80.0, converter=as_scalar)
 
     def __check_init__(self):
-        check_positive(self, "sigma_min", self.sigma_min)
-        check_positive(self, "sigma_max", self.sigma_max)
+        check_positive(self, "sigma_min", "sigma_max")
 
-    def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
-        def place_between(first: Scalar, last: Scalar, rest: Array) -> Array:
-            return first * rest + last * (1 - rest)
-
-        return _inner_levels(path, t_start, t_end, steps, self.sigma_min, self.sigma_max, place_between)
+    def between(self, first: Scalar, last: Scalar, rests: Array) -> Array:
+        return first * rests + last * (1 - rests)
 
 
-class PolyExponential(AbstractPathGrid):
+class PolyExponential(_AbstractLevels):
     """A power in log-SNR: ln r_i = ln r_n + (1 - i/n)^rho (ln r_0 - ln r_n), r = sigma/alpha.
 
     A rho above 1 takes smaller steps at low noise; 1 is `LogSNR`.
@@ -130,16 +122,11 @@ class PolyExponential(AbstractPathGrid):
     sigma_max: Scalar = eqx.field(default=80.0, converter=as_scalar)
 
     def __check_init__(self):
-        check_positive(self, "rho", self.rho)
-        check_positive(self, "sigma_min", self.sigma_min)
-        check_positive(self, "sigma_max", self.sigma_max)
+        check_positive(self, "rho", "sigma_min", "sigma_max")
 
-    def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
-        def place_between(first: Scalar, last: Scalar, rest: Array) -> Array:
-            weight = rest**self.rho
-            return first * weight + last * (1 - weight)
-
-        return _inner_levels(path, t_start, t_end, steps, self.sigma_min, self.sigma_max, place_between)
+    def between(self, first: Scalar, last: Scalar, rests: Array) -> Array:
+        weight = rests**self.rho
+        return first * weight + last * (1 - weight)
 
 
 class VPPower(AbstractPathGrid):
@@ -167,10 +154,7 @@ class VPPower(AbstractPathGrid):
     sigma_max: Scalar = eqx.field(default=80.0, converter=as_scalar)
 
     def __check_init__(self):
-        check_positive(self, "power", self.power)
-        check_positive(self, "beta_min", self.beta_min)
-        check_positive(self, "beta_max", self.beta_max)
-        check_positive(self, "sigma_max", self.sigma_max)
+        check_positive(self, "power", "beta_min", "beta_max", "sigma_max")
         if is_concrete((self.beta_min, self.beta_max)) and self.beta_min > self.beta_max:
             raise ValueError(
                 f"VPPower got beta_min = {float(self.beta_min):g} above beta_max = {float(self.beta_max):g}, but "

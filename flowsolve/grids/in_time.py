@@ -42,7 +42,7 @@ class Power(AbstractPathGrid):
     power: Scalar = eqx.field(default=2.0, converter=as_scalar)
 
     def __check_init__(self):
-        check_positive(self, "power", self.power)
+        check_positive(self, "power")
 
     def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
         del path
@@ -68,8 +68,7 @@ class Beta(AbstractPathGrid):
     b: Scalar = eqx.field(default=0.6, converter=as_scalar)
 
     def __check_init__(self):
-        check_positive(self, "a", self.a)
-        check_positive(self, "b", self.b)
+        check_positive(self, "a", "b")
 
     def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
         del path

@@ -30,7 +30,7 @@ class Shifted(AbstractGrid):
     shift: Scalar = eqx.field(converter=as_scalar)
 
     def __check_init__(self):
-        check_positive(self, "shift", self.shift)
+        check_positive(self, "shift")
 
     @property
     def steps(self) -> int:

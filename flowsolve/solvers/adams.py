@@ -21,6 +21,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._checks import check_count
 from ..predictions import AbstractPrediction, Data, Noise
 from .multistep import AbstractODEMultistep
 from .nodes import (
@@ -30,7 +31,6 @@ from .nodes import (
     Time,
     VPTime,
     check_extrapolated,
-    check_order,
     constant_weight,
     lagrange_weights,
 )
@@ -61,7 +61,7 @@ class AdamsBashforth(AbstractODEMultistep):
     def __init__(
         self, order: int = 2, *, prediction: AbstractPrediction | None = None, variable: AbstractVariable | None = None
     ):
-        self.max_order = check_order(order, 4, "AdamsBashforth")
+        self.max_order = check_count(order, "AdamsBashforth got order", most=4)
         self.extrapolated = check_extrapolated(Data() if prediction is None else prediction, "AdamsBashforth")
         self.variable = Time() if variable is None else variable
 
@@ -85,7 +85,7 @@ class DEIS(AbstractODEMultistep):
     corrector: ClassVar[None] = None
 
     def __init__(self, order: int = 4):
-        self.max_order = check_order(order, 4, "DEIS")
+        self.max_order = check_count(order, "DEIS got order", most=4)
 
     def predictor(self, step: Step) -> Float[Array, " history"]:
         """w_j, the integrals of the Lagrange polynomials in VP time."""
@@ -106,7 +106,7 @@ class LMS(AbstractODEMultistep):
     corrector: ClassVar[None] = None
 
     def __init__(self, order: int = 4):
-        self.max_order = check_order(order, 4, "LMS")
+        self.max_order = check_count(order, "LMS got order", most=4)
 
     def predictor(self, step: Step) -> Float[Array, " history"]:
         """w_j, the integrals of the Lagrange polynomials in sigma/alpha."""
@@ -140,7 +140,7 @@ class IPNDM(AbstractODEMultistep):
     corrector: ClassVar[None] = None
 
     def __init__(self, order: int = 4, *, prediction: AbstractPrediction | None = None):
-        self.max_order = check_order(order, 4, "IPNDM")
+        self.max_order = check_count(order, "IPNDM got order", most=4)
         self.extrapolated = check_extrapolated(Noise() if prediction is None else prediction, "IPNDM")
 
     def predictor(self, step: Step) -> Float[Array, " history"]:

@@ -28,9 +28,8 @@ from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, FlowField, ReverseSDE, network_output, unwrap
 from ..flow import VarianceFlow
 from ..paths import AbstractPath
-from ..predictions import combine
-from .base import AbstractFlowSolver
-from .multistep import StepInterpolation
+from .base import AbstractMemorylessSolver, AbstractStochasticSolver, Evaluation
+from .interpolation import StepInterpolation
 
 __all__ = ["AbstractVariance", "Ancestral", "LargeVariance", "LearnedVariance", "PosteriorVariance"]
 
@@ -89,7 +88,7 @@ def _output_and_interpolation(flow: VarianceFlow, t: Scalar, x: State, args: Arg
     return flow.output_and_interpolation(t, x, args)
 
 
-class Ancestral(AbstractFlowSolver[None], diffrax.AbstractItoSolver[None]):
+class Ancestral(AbstractMemorylessSolver, AbstractStochasticSolver[None]):
     """DDPM's ancestral sampler, one network evaluation a step, on any path and grid.
 
     **Arguments:** `variance`: `PosteriorVariance()` by default, `LargeVariance()` or `LearnedVariance()`.
@@ -100,8 +99,6 @@ class Ancestral(AbstractFlowSolver[None], diffrax.AbstractItoSolver[None]):
 
     variance: AbstractVariance = PosteriorVariance()
     evaluations_per_step: ClassVar[int] = 1
-    evaluations_at_start: ClassVar[int] = 0
-    term_structure: ClassVar[type] = diffrax.AbstractTerm
     interpolation_cls: ClassVar[type] = StepInterpolation
 
     @property
@@ -123,17 +120,6 @@ class Ancestral(AbstractFlowSolver[None], diffrax.AbstractItoSolver[None]):
         del terms
         return 1
 
-    def strong_order(self, terms: diffrax.AbstractTerm) -> float:
-        """At least 1/2."""
-        del terms
-        return 0.5
-
-    def init(self, terms: diffrax.AbstractTerm, t0: ScalarLike, t1: ScalarLike, y0: State, args: Args) -> None:
-        """Nothing is carried from step to step."""
-        del t0, t1, y0, args
-        field, _, _ = unwrap(terms, "Ancestral")
-        self.check_dynamics(field.dynamics)
-
     def step(
         self,
         terms: diffrax.AbstractTerm,
@@ -148,19 +134,14 @@ class Ancestral(AbstractFlowSolver[None], diffrax.AbstractItoSolver[None]):
         del solver_state, made_jump
         field, noise, direction = unwrap(terms, "Ancestral")
         assert noise is not None
-        flow, path = field.flow, field.flow.path
+        path = field.flow.path
         start, target = -direction * as_scalar(t0), -direction * as_scalar(t1)
         output, nu = self.variance.output_and_interpolation(field, start, y0, args)
         kept, _ = path.noise_split(target, start)
         alpha, sigma = path.coefficients(target)
-        weights = flow.mixture_weights(start, (alpha, sigma * kept, jnp.ones_like(alpha)))
-        mean = combine(weights, y0, output)
+        mean = Evaluation(field.flow, start, y0, output).mixture((alpha, sigma * kept, jnp.ones_like(alpha)))
         y1 = _add_noise(path, start, target, mean, nu, noise.normal(t0, t1))
         return y1, None, {"y0": y0, "y1": y1, "formula": None}, None, diffrax.RESULTS.successful
-
-    def func(self, terms: diffrax.AbstractTerm, t0: ScalarLike, y0: State, args: Args) -> Any:
-        """The vector field of the terms, which Diffrax asks for to choose a first step."""
-        return terms.vf(as_scalar(t0), y0, args)
 
 
 def _add_noise(

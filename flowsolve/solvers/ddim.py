@@ -12,7 +12,6 @@ step is finite from alpha = 0 and onto sigma = 0, where it gives exactly the den
 
 from typing import ClassVar
 
-import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -22,13 +21,14 @@ from .._numerics import as_scalar, is_zero, safe_sqrt
 from .._types import Scalar, ScalarLike
 from ..dynamics import AbstractDynamics, ProbabilityFlow, ReverseSDE
 from ..predictions import Data
+from .base import AbstractStochasticSolver
 from .multistep import AbstractMultistep, MultistepState
 from .nodes import Step
 
 __all__ = ["DDIM"]
 
 
-class DDIM(AbstractMultistep, diffrax.AbstractItoSolver[MultistepState]):
+class DDIM(AbstractMultistep, AbstractStochasticSolver[MultistepState]):
     """The DDIM step with noise level eta: first order, one network evaluation a step, any path, any grid.
 
     **Arguments:** `eta`: the noise level, from 0 (deterministic, uses no key) to 1 (DDPM's ancestral sampling); None
@@ -45,7 +45,7 @@ class DDIM(AbstractMultistep, diffrax.AbstractItoSolver[MultistepState]):
     #: Whether `eta` asks for noise; None leaves it to the dynamics.
     stochastic: bool | None = eqx.field(static=True)
     extrapolated: ClassVar[Data] = Data()
-    history: ClassVar[int] = 0
+    max_order: ClassVar[int] = 1
     corrector: ClassVar[None] = None
 
     def __init__(self, eta: ScalarLike | None = None):
@@ -68,16 +68,6 @@ class DDIM(AbstractMultistep, diffrax.AbstractItoSolver[MultistepState]):
             raise ValueError(
                 "DDIM(eta) draws noise, but was given ProbabilityFlow: give it ReverseSDE, or leave eta out."
             )
-
-    def order(self, terms: diffrax.AbstractTerm) -> int:
-        """The order of convergence on the probability flow: 1."""
-        del terms
-        return 1
-
-    def strong_order(self, terms: diffrax.AbstractTerm) -> float:
-        """1/2, as for any scheme that freezes the network over a step."""
-        del terms
-        return 0.5
 
     def kept(self, step: Step) -> Scalar:
         """sqrt(1 - eta^2 (1 - rho^2))."""

@@ -18,11 +18,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._checks import check_count
 from .._numerics import phi
 from ..dynamics import AbstractDynamics, ReverseSDE
 from ..predictions import Data
 from .multistep import AbstractODEMultistep, AbstractSDEMultistep
-from .nodes import Step, check_order
+from .nodes import Step
 
 __all__ = ["DPMSolverPP", "SDEDPMSolverPP"]
 
@@ -42,7 +43,7 @@ class DPMSolverPP(AbstractODEMultistep):
     corrector: ClassVar[None] = None
 
     def __init__(self, order: int = 2, *, as_published: bool = False):
-        self.max_order = check_order(order, 3, "DPMSolverPP")
+        self.max_order = check_count(order, "DPMSolverPP got order", most=3)
         self.as_published = as_published
 
     def predictor(self, step: Step) -> Float[Array, " history"]:
@@ -78,7 +79,7 @@ class SDEDPMSolverPP(AbstractSDEMultistep):
     corrector: ClassVar[None] = None
 
     def __init__(self, order: int = 2):
-        self.max_order = check_order(order, 2, "SDEDPMSolverPP")
+        self.max_order = check_count(order, "SDEDPMSolverPP got order", most=2)
 
     @property
     def default_dynamics(self) -> AbstractDynamics:

@@ -28,10 +28,10 @@ from jaxtyping import Array, Bool, Float
 
 from .._numerics import as_scalar, linear_combination, safe_sqrt
 from .._types import Args, Scalar, ScalarLike, State
-from ..dynamics import AbstractDynamics, ProbabilityFlow, network_output, unwrap
-from ..paths import AbstractPath
-from ..predictions import AbstractPrediction, Data, combine
-from .base import AbstractFlowSolver, refuse_noise
+from ..dynamics import AbstractDynamics, unwrap
+from ..predictions import AbstractPrediction, Data
+from .base import AbstractFlowSolver, AbstractProbabilityFlowSolver, AbstractStochasticSolver, evaluate
+from .interpolation import StepInterpolation, carry, step_formula, with_differences
 from .nodes import Step, mixture_of
 
 __all__ = ["AbstractMultistep"]
@@ -52,19 +52,14 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
 
     evaluations_per_step: ClassVar[int] = 1
     evaluations_at_start: ClassVar[int] = 0
-    term_structure: ClassVar[type] = diffrax.AbstractTerm
+    interpolation_cls: ClassVar[type] = StepInterpolation
     #: The quantity P: `Data()`, `Noise()` or `Velocity()`.
     extrapolated: eqx.AbstractVar[AbstractPrediction]
-    #: The number of earlier evaluations that are kept, static.
-    history: eqx.AbstractVar[int]
+    #: The number of evaluations that a step combines, static.
+    max_order: eqx.AbstractVar[int]
     #: None for no corrector, or v as a function of the step just taken, for its nodes but the first: the last of
     #: them is the target of the step, those before it the history.
     corrector: eqx.AbstractVar[Callable[[Step], Float[Array, " history"]] | None]
-
-    @property
-    def interpolation_cls(self) -> Any:
-        """Dense output by the scheme's own formula, of its own order; linear where noise is drawn."""
-        return StepInterpolation
 
     @abc.abstractmethod
     def kept(self, step: Step) -> Scalar:
@@ -74,13 +69,22 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
     def predictor(self, step: Step) -> Float[Array, " history"]:
         """w of the history, newest first; 0 for what is not valid."""
 
+    @property
+    def history(self) -> int:
+        """How many earlier evaluations are kept: one more where a corrector looks back at the step before."""
+        return self.max_order - (self.corrector is None)
+
+    def order(self, terms: diffrax.AbstractTerm) -> int:
+        """The order on the probability flow, from a start that has it, where the weights are exact for polynomials."""
+        del terms
+        return self.max_order + (self.corrector is not None)
+
     def init(
         self, terms: diffrax.AbstractTerm, t0: ScalarLike, t1: ScalarLike, y0: State, args: Args
     ) -> MultistepState:
         """An empty history."""
         del t1, args
-        name = type(self).__name__
-        field, _, direction = unwrap(terms, name)
+        field, _, direction = unwrap(terms, type(self).__name__)
         self.check_dynamics(field.dynamics)
         empty = jax.tree.map(jnp.zeros_like, y0)
         start = -direction * as_scalar(t0)
@@ -103,10 +107,10 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
     ) -> tuple[State, None, dict[str, Any], MultistepState, diffrax.RESULTS]:
         """One step of the module's equation."""
         field, noise, direction = unwrap(terms, type(self).__name__)
-        flow, path = field.flow, field.flow.path
+        path = field.flow.path
         start, target = -direction * as_scalar(t0), -direction * as_scalar(t1)
-        output = network_output(flow, start, y0, args)
-        value = combine(flow.mixture_weights(start, mixture_of(self.extrapolated, start)), y0, output)
+        evaluation = evaluate(field, start, y0, args)
+        value = evaluation.mixture(mixture_of(self.extrapolated, start))
         values = (value, *solver_state.values)
         ts = jnp.concatenate([start[None], solver_state.ts])
         valid = jnp.concatenate([jnp.ones((1,), bool), solver_state.valid & ~jnp.asarray(made_jump)])
@@ -122,7 +126,7 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
         step = Step(path, field.dynamics, target, ts, valid)
         kept = self.kept(step)
         alpha, sigma = path.coefficients(target)
-        base = combine(flow.mixture_weights(start, (alpha, sigma * kept, jnp.ones_like(alpha))), y0, output)
+        base = evaluation.mixture((alpha, sigma * kept, jnp.ones_like(alpha)))
         if change is not None:
             base = linear_combination((1.0, carry(path, start, sigma * kept)), (base, change))
         if noise is not None:
@@ -132,163 +136,30 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
 
         formula = None
         if noise is None:
-            one, zero = jnp.ones_like(alpha), jnp.zeros_like(alpha)
-            data, eps = (
-                combine(flow.mixture_weights(start, triple), y0, output)
-                for triple in ((one, zero, one), (zero, one, one))
-            )
-            frozen = freeze((self, path, field.dynamics))
-            formula = MultistepFormula(frozen, direction, ts, valid, data, eps, change, values)
+            formula = step_formula(self, step, direction, evaluation.data_and_noise(), values, change)
         dense_info = {"y0": y0, "y1": y1, "formula": formula}
         size = self.history
         state = MultistepState(values[:size], ts[:size], valid[:size], None if self.corrector is None else base)
         return y1, None, dense_info, state, diffrax.RESULTS.successful
 
-    def func(self, terms: diffrax.AbstractTerm, t0: ScalarLike, y0: State, args: Args) -> Any:
-        """The vector field of the terms, which Diffrax asks for to choose a first step."""
-        return terms.vf(as_scalar(t0), y0, args)
 
-
-def carry(path: AbstractPath, start: Scalar, noise_weight: Scalar) -> Scalar:
-    """The factor of a change of the state: noise_weight/sigma."""
-    sigma = path.coefficients(start)[1]
-    return jnp.where(sigma == 0, 0, noise_weight / jnp.where(sigma == 0, 1, sigma))
-
-
-def with_differences(base: State, weights: Float[Array, " history"], values: tuple[State, ...]) -> State:
-    """base + sum_j weights_j (values_{j+1} - values_0), j from 0."""
-    if len(values) == 1:
-        return base
-    return linear_combination((1.0, -jnp.sum(weights), *weights), (base, *values))
-
-
-def error_scale(path: AbstractPath, start: Scalar, target: Scalar) -> Scalar:
-    """The scale of the state at the start over that at the target, at least 1: a factor of error estimates.
-
-    Diffrax measures an error against the larger of both states. Where a step shrinks the state, as on `EDM`, the error
-    is of the size of the smaller one.
-    """
-    (alpha, sigma), (alpha_to, sigma_to) = path.coefficients(start), path.coefficients(target)
-    return jnp.maximum(1, (alpha + sigma) / (alpha_to + sigma_to))
-
-
-class Frozen(eqx.Module):
-    """A pytree whose leaves are arrays, with all else static: what Diffrax can keep a history of."""
-
-    arrays: Any
-    rest: Any = eqx.field(static=True)
-
-    def thaw(self) -> Any:
-        """The pytree as it was."""
-        return eqx.combine(self.arrays, self.rest)
-
-
-def freeze(tree: Any) -> Frozen:
-    """`tree` as a `Frozen`."""
-    return Frozen(*eqx.partition(tree, eqx.is_array))
-
-
-class MultistepFormula(eqx.Module):
-    """A step of the probability flow as a function of its target."""
-
-    frozen: Frozen
-    direction: Scalar
-    ts: Float[Array, " nodes"]
-    valid: Bool[Array, " nodes"]
-    data: State
-    noise: State
-    change: State | None
-    values: tuple[State, ...]
-
-    def __call__(self, s: Scalar) -> State:
-        """The state at the solver's time s."""
-        solver, path, dynamics = self.frozen.thaw()
-        target = -self.direction * s
-        alpha, sigma = path.coefficients(target)
-        base = linear_combination((alpha, sigma), (self.data, self.noise))
-        if self.change is not None:
-            base = linear_combination((1.0, carry(path, self.ts[0], sigma)), (base, self.change))
-        weights = solver.predictor(Step(path, dynamics, target, self.ts, self.valid))
-        return with_differences(base, weights, self.values)
-
-
-class StepInterpolation(diffrax.AbstractLocalInterpolation):
-    """Dense output of one step: its formula, or a straight line where there is none."""
-
-    t0: Any
-    t1: Any
-    y0: State
-    y1: State
-    formula: Any
-
-    def evaluate(self, t0: ScalarLike, t1: ScalarLike | None = None, left: bool = True) -> State:
-        """The state at t0, or its increment from t0 to t1."""
-        del left
-        if t1 is not None:
-            return linear_combination((1.0, -1.0), (self.evaluate(t1), self.evaluate(t0)))
-        s = as_scalar(t0)
-        if self.formula is not None:
-            return self.formula(s)
-        place = (s - as_scalar(self.t0)) / (as_scalar(self.t1) - as_scalar(self.t0))
-        return linear_combination((1 - place, place), (self.y0, self.y1))
-
-
-class AbstractODEMultistep(AbstractMultistep):
+class AbstractODEMultistep(AbstractMultistep, AbstractProbabilityFlowSolver[MultistepState]):
     """A multistep solver of the probability flow."""
-
-    #: The number of evaluations that a step combines, its order once the history is full.
-    max_order: eqx.AbstractVar[int]
-
-    @property
-    def history(self) -> int:
-        """All evaluations but the newest, and one more where a corrector looks back at the step before."""
-        return self.max_order - (self.corrector is None)
-
-    @property
-    def default_dynamics(self) -> AbstractDynamics:
-        """The probability flow."""
-        return ProbabilityFlow()
-
-    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
-        """Raise for a stochastic equation."""
-        refuse_noise(self, dynamics)
-
-    def order(self, terms: diffrax.AbstractTerm) -> int:
-        """The order of convergence, from a start that has it."""
-        del terms
-        return self.max_order
 
     def kept(self, step: Step) -> Scalar:
         """All of the noise: the probability flow draws none."""
         return step.kept()
 
 
-class AbstractSDEMultistep(AbstractMultistep, diffrax.AbstractItoSolver[MultistepState]):
+class AbstractSDEMultistep(AbstractMultistep, AbstractStochasticSolver[MultistepState]):
     """A multistep solver of the reverse SDE at any noise level, the probability flow included."""
 
-    #: The number of evaluations that a step combines, its order on the probability flow once the history is full.
-    max_order: eqx.AbstractVar[int]
     #: With noise only the data form is exact.
     extrapolated: ClassVar[Data] = Data()
-
-    @property
-    def history(self) -> int:
-        """All evaluations but the newest, and one more where a corrector looks back at the step before."""
-        return self.max_order - (self.corrector is None)
 
     def check_dynamics(self, dynamics: AbstractDynamics) -> None:
         """Every equation of `dynamics` will do."""
         del dynamics
-
-    def order(self, terms: diffrax.AbstractTerm) -> int:
-        """The order of convergence on the probability flow, from a start that has it."""
-        del terms
-        return self.max_order
-
-    def strong_order(self, terms: diffrax.AbstractTerm) -> float:
-        """At least 1/2, as for any scheme that freezes the network over a step."""
-        del terms
-        return 0.5
 
     def kept(self, step: Step) -> Scalar:
         """The share of the noise that the equation itself keeps."""

@@ -303,13 +303,6 @@ def vandermonde_weights(
     return jnp.stack(weights)
 
 
-def check_order(order: int, largest: int, solver_name: str) -> int:
-    """`order`; raise unless it is an integer from 1 to `largest`."""
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= largest:
-        raise ValueError(f"{solver_name} got order = {order!r}, but wants an integer from 1 to {largest}.")
-    return order
-
-
 def trapezoid_from_noise(step: Step) -> Float[Array, " history"]:
     """The corrector of a step from alpha = 0, where lambda is infinite: half the weight of the data at the target."""
     from_noise = step.path.coefficients(step.start)[0] == 0

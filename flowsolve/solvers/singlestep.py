@@ -28,19 +28,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check
+from .._checks import check, check_count
 from .._numerics import as_scalar, linear_combination, safe_sqrt
 from .._types import Args, Scalar, ScalarLike, State
-from ..dynamics import AbstractDynamics, FlowField, ProbabilityFlow, ReverseSDE, network_output, unwrap
-from ..predictions import AbstractPrediction, Data, Noise, combine
-from .base import AbstractFlowSolver, refuse_noise
-from .multistep import MultistepFormula, StepInterpolation, error_scale, freeze, with_differences
+from ..dynamics import AbstractDynamics, ReverseSDE, unwrap
+from ..predictions import AbstractPrediction, Data, Noise
+from .base import (
+    AbstractMemorylessSolver,
+    AbstractProbabilityFlowSolver,
+    AbstractStochasticSolver,
+    Evaluation,
+    error_scale,
+    evaluate,
+)
+from .interpolation import StepInterpolation, step_formula, with_differences
 from .nodes import (
     AbstractVariable,
     LogSNR,
     NoiseRatio,
     Step,
-    check_order,
     constant_weight,
     intermediate_time,
     lagrange_weights,
@@ -50,19 +56,16 @@ from .nodes import (
 __all__ = ["SEEDS2", "DPMSolverPPSinglestep", "EDMHeun"]
 
 
-class AbstractSinglestep(AbstractFlowSolver[None]):
-    """An exponential one-step method: what it holds constant, its stages and their weights."""
+class AbstractSinglestep(AbstractMemorylessSolver):
+    """An exponential one-step method: what it holds constant, its stages and their weights.
 
-    evaluations_at_start: ClassVar[int] = 0
-    term_structure: ClassVar[type] = diffrax.AbstractTerm
+    Dense output is P interpolated from the start to the last stage, of order 2; linear where noise is drawn.
+    """
+
+    interpolation_cls: ClassVar[type] = StepInterpolation
     #: The quantity P and, for dense output, the variable in which it is interpolated.
     extrapolated: eqx.AbstractClassVar[AbstractPrediction]
     variable: eqx.AbstractClassVar[AbstractVariable]
-
-    @property
-    def interpolation_cls(self) -> Any:
-        """Dense output by P interpolated from the start to the last stage, of order 2; linear where noise is drawn."""
-        return StepInterpolation
 
     @abc.abstractmethod
     def stage_times(self, step: Step) -> tuple[Scalar, ...]:
@@ -75,12 +78,6 @@ class AbstractSinglestep(AbstractFlowSolver[None]):
     @abc.abstractmethod
     def weights(self, step: Step) -> tuple[tuple[Scalar, ...], tuple[Scalar, ...] | None]:
         """b, and what the error estimate is made of in the same way; None for no estimate."""
-
-    def init(self, terms: diffrax.AbstractTerm, t0: ScalarLike, t1: ScalarLike, y0: State, args: Args) -> None:
-        """Nothing is carried from step to step."""
-        del t0, t1, y0, args
-        field, _, _ = unwrap(terms, type(self).__name__)
-        self.check_dynamics(field.dynamics)
 
     def step(
         self,
@@ -101,16 +98,18 @@ class AbstractSinglestep(AbstractFlowSolver[None]):
         def single(to: Scalar) -> Step:
             return Step(path, dynamics, to, start[None], jnp.ones((1,), bool))
 
-        output, value = _evaluate(field, self.extrapolated, start, y0, args)
-        values, times = [value], [start]
+        def value(evaluation: Evaluation) -> State:
+            return evaluation.mixture(mixture_of(self.extrapolated, evaluation.t))
+
+        evaluation = evaluate(field, start, y0, args)
+        values, times = [value(evaluation)], [start]
         # The noise drawn so far, carried along the step from stage to stage.
         drawn = None
 
         def carried(t: Scalar, weights: tuple[Scalar, ...]) -> State:
             nonlocal drawn
             alpha, sigma = path.coefficients(t)
-            mixture = (alpha, sigma * single(t).kept(), jnp.ones_like(alpha))
-            x = combine(field.flow.mixture_weights(start, mixture), y0, output)
+            x = evaluation.mixture((alpha, sigma * single(t).kept(), jnp.ones_like(alpha)))
             if noise is not None:
                 drawn = _more_noise(dynamics, path, noise, drawn, times[-1], t)
                 x = linear_combination((1.0, 1.0), (x, drawn))
@@ -119,7 +118,7 @@ class AbstractSinglestep(AbstractFlowSolver[None]):
         step = single(target)
         for number, t in enumerate(self.stage_times(step)):
             x = carried(t, self.stage_weights(single(t), number))
-            values.append(_evaluate(field, self.extrapolated, t, x, args)[1])
+            values.append(value(evaluate(field, t, x, args)))
             times.append(t)
         weights, estimate = self.weights(step)
         y1 = carried(target, weights)
@@ -130,20 +129,10 @@ class AbstractSinglestep(AbstractFlowSolver[None]):
 
         formula = None
         if noise is None:
-            one, zero = jnp.ones_like(target), jnp.zeros_like(target)
-            data, eps = (
-                combine(field.flow.mixture_weights(start, triple), y0, output)
-                for triple in ((one, zero, one), (zero, one, one))
-            )
-            nodes = jnp.stack([start, times[-1]])
-            frozen = freeze((_Interpolant(self.extrapolated, self.variable), path, dynamics))
-            both = jnp.ones((2,), bool)
-            formula = MultistepFormula(frozen, direction, nodes, both, data, eps, None, (value, values[-1]))
+            ends = Step(path, dynamics, target, jnp.stack([start, times[-1]]), jnp.ones((2,), bool))
+            scheme = _Interpolant(self.extrapolated, self.variable)
+            formula = step_formula(scheme, ends, direction, evaluation.data_and_noise(), (values[0], values[-1]))
         return y1, error, {"y0": y0, "y1": y1, "formula": formula}, None, diffrax.RESULTS.successful
-
-    def func(self, terms: diffrax.AbstractTerm, t0: ScalarLike, y0: State, args: Args) -> Any:
-        """The vector field of the terms, which Diffrax asks for to choose a first step."""
-        return terms.vf(as_scalar(t0), y0, args)
 
 
 class _Interpolant(eqx.Module):
@@ -154,12 +143,6 @@ class _Interpolant(eqx.Module):
 
     def predictor(self, step: Step) -> Float[Array, " history"]:
         return lagrange_weights(self.prediction, self.variable, step)[1:]
-
-
-def _evaluate(field: FlowField, prediction: AbstractPrediction, t: Scalar, x: State, args: Args) -> tuple[State, State]:
-    """The network's output and P."""
-    output = network_output(field.flow, t, x, args)
-    return output, combine(field.flow.mixture_weights(t, mixture_of(prediction, t)), x, output)
 
 
 def _more_noise(dynamics, path, noise, drawn, t_from, t_to) -> State:
@@ -176,7 +159,9 @@ def _onto_clean(step: Step) -> Any:
     return step.path.coefficients(step.target)[1] == 0
 
 
-class DPMSolverPPSinglestep(AbstractSinglestep, diffrax.AbstractAdaptiveSolver[None]):
+class DPMSolverPPSinglestep(
+    AbstractSinglestep, AbstractProbabilityFlowSolver[None], diffrax.AbstractAdaptiveSolver[None]
+):
     """DPM-Solver++ singlestep: 2S and 3S, with an error estimate for adaptive steps.
 
     **Arguments:** `order`: 2 or 3, also the number of network evaluations a step; `r`: of order 2, the place of its
@@ -196,22 +181,13 @@ class DPMSolverPPSinglestep(AbstractSinglestep, diffrax.AbstractAdaptiveSolver[N
             raise ValueError(
                 f"DPMSolverPPSinglestep got order = {order!r}, but wants 2 or 3: order 1 is solvers.DDIM()."
             )
-        self.max_order = check_order(order, 3, "DPMSolverPPSinglestep")
+        self.max_order = check_count(order, "DPMSolverPPSinglestep got order", most=3)
         self.r = _check_place(r, "DPMSolverPPSinglestep")
 
     @property
     def evaluations_per_step(self) -> int:
         """As many as the order."""
         return self.max_order
-
-    @property
-    def default_dynamics(self) -> AbstractDynamics:
-        """The probability flow."""
-        return ProbabilityFlow()
-
-    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
-        """Raise for a stochastic equation."""
-        refuse_noise(self, dynamics)
 
     def order(self, terms: diffrax.AbstractTerm) -> int:
         """`order`."""
@@ -237,7 +213,7 @@ class DPMSolverPPSinglestep(AbstractSinglestep, diffrax.AbstractAdaptiveSolver[N
         return (jnp.zeros_like(third), third), (-1.5 * step.data_weight(), third)
 
 
-class SEEDS2(AbstractSinglestep, diffrax.AbstractItoSolver[None]):
+class SEEDS2(AbstractSinglestep, AbstractStochasticSolver[None]):
     """SEEDS-2: DPM-Solver++ 2S for the reverse SDE, with noise at the stage and at the end.
 
     The noise level is that of the dynamics, `ReverseSDE(1.0)` if none is given. Without noise it is
@@ -271,11 +247,6 @@ class SEEDS2(AbstractSinglestep, diffrax.AbstractItoSolver[None]):
         del terms
         return 2
 
-    def strong_order(self, terms: diffrax.AbstractTerm) -> float:
-        """At least 1/2."""
-        del terms
-        return 0.5
-
     def stage_times(self, step: Step) -> tuple[Scalar, ...]:
         """At r of the step."""
         return (intermediate_time(step.path, step.start, step.target, self.r),)
@@ -290,7 +261,7 @@ class SEEDS2(AbstractSinglestep, diffrax.AbstractItoSolver[None]):
         return (jnp.where(_onto_clean(step), 0, step.data_weight() / (2 * self.r)),), None
 
 
-class EDMHeun(AbstractSinglestep, diffrax.AbstractAdaptiveSolver[None]):
+class EDMHeun(AbstractSinglestep, AbstractProbabilityFlowSolver[None], diffrax.AbstractAdaptiveSolver[None]):
     """Heun's method on the noise in sigma/alpha: EDM's deterministic sampler, on any path.
 
     With churn, EDM's stochastic sampler, it is `Churn(EDMHeun(), ...)`. The error estimate is the difference from
@@ -301,15 +272,6 @@ class EDMHeun(AbstractSinglestep, diffrax.AbstractAdaptiveSolver[None]):
     extrapolated: ClassVar[Noise] = Noise()
     variable: ClassVar[NoiseRatio] = NoiseRatio()
     evaluations_per_step: ClassVar[int] = 2
-
-    @property
-    def default_dynamics(self) -> AbstractDynamics:
-        """The probability flow."""
-        return ProbabilityFlow()
-
-    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
-        """Raise for a stochastic equation."""
-        refuse_noise(self, dynamics)
 
     def order(self, terms: diffrax.AbstractTerm) -> int:
         """2."""

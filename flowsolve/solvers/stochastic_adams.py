@@ -15,10 +15,11 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._checks import check_count
 from ..dynamics import AbstractDynamics, ExtendedReverseSDE, ReverseSDE
 from ..predictions import Data
 from .multistep import AbstractSDEMultistep
-from .nodes import LogSNR, NoiseRatio, Step, check_order, lagrange_weights, trapezoid_from_noise
+from .nodes import LogSNR, NoiseRatio, Step, lagrange_weights, trapezoid_from_noise
 
 __all__ = ["ERSDE", "SASolver"]
 
@@ -42,7 +43,7 @@ class SASolver(AbstractSDEMultistep):
     corrects: bool = eqx.field(static=True)
 
     def __init__(self, order: int = 3, *, corrector: bool = True):
-        self.max_order = check_order(order, 4, "SASolver")
+        self.max_order = check_count(order, "SASolver got order", most=4)
         self.corrects = corrector
 
     @property
@@ -79,7 +80,7 @@ class ERSDE(AbstractSDEMultistep):
     corrector: ClassVar[None] = None
 
     def __init__(self, order: int = 3):
-        self.max_order = check_order(order, 3, "ERSDE")
+        self.max_order = check_count(order, "ERSDE got order", most=3)
 
     @property
     def default_dynamics(self) -> AbstractDynamics:

@@ -12,24 +12,32 @@ multistep on the data. From alpha = 0 and onto sigma = 0 all is finite.
 from typing import Any, ClassVar
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._checks import is_concrete
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, ScalarLike, State
-from ..dynamics import AbstractDynamics, ProbabilityFlow, network_output, unwrap
-from ..predictions import Data, combine
-from .base import AbstractFlowSolver, refuse_noise
-from .multistep import MultistepState, StepInterpolation
+from ..dynamics import unwrap
+from ..predictions import Data
+from .base import AbstractGridAwareSolver, AbstractProbabilityFlowSolver, evaluate
+from .interpolation import StepInterpolation
 from .nodes import mixture_of
 
 __all__ = ["TunedMultistep"]
 
 
-class TunedMultistep(AbstractFlowSolver[MultistepState]):
+class TunedState(eqx.Module):
+    """The data of earlier steps, newest first."""
+
+    values: tuple[State, ...]
+    valid: Bool[Array, " history"]
+
+
+class TunedMultistep(AbstractProbabilityFlowSolver[TunedState], AbstractGridAwareSolver[TunedState]):
     """A multistep with a row of numbers for each step of its own grid.
 
     **Arguments:** `ts`: the grid's n + 1 times; `asked`: the n times at which the network is asked; `carry` c,
@@ -46,7 +54,6 @@ class TunedMultistep(AbstractFlowSolver[MultistepState]):
     weights: Float[Array, "steps history"]
     evaluations_per_step: ClassVar[int] = 1
     evaluations_at_start: ClassVar[int] = 0
-    term_structure: ClassVar[type] = diffrax.AbstractTerm
     interpolation_cls: ClassVar[type] = StepInterpolation
 
     def __check_init__(self):
@@ -56,15 +63,6 @@ class TunedMultistep(AbstractFlowSolver[MultistepState]):
                 f"TunedMultistep got {len(self.ts)} times with {len(self.asked)}, {len(self.carry)}, {len(self.scale)} "
                 f"and {len(self.weights)} rows of numbers, but wants one row for each of {steps} steps."
             )
-
-    @property
-    def default_dynamics(self) -> AbstractDynamics:
-        """The probability flow."""
-        return ProbabilityFlow()
-
-    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
-        """Raise for a stochastic equation."""
-        refuse_noise(self, dynamics)
 
     def for_times(self, times: Float[Array, " points"]) -> "TunedMultistep":
         """This solver; raise, where the times are known, unless they are those of the solver's own grid."""
@@ -81,16 +79,14 @@ class TunedMultistep(AbstractFlowSolver[MultistepState]):
         """None: it is as accurate as it was tuned."""
         del terms
 
-    def init(
-        self, terms: diffrax.AbstractTerm, t0: ScalarLike, t1: ScalarLike, y0: State, args: Args
-    ) -> MultistepState:
+    def init(self, terms: diffrax.AbstractTerm, t0: ScalarLike, t1: ScalarLike, y0: State, args: Args) -> TunedState:
         """An empty history."""
         del t0, t1, args
         field, _, _ = unwrap(terms, "TunedMultistep")
         self.check_dynamics(field.dynamics)
         size = self.weights.shape[1]
         empty = jax.tree.map(jnp.zeros_like, y0)
-        return MultistepState((empty,) * size, jnp.zeros((size,)), jnp.zeros((size,), bool), None)
+        return TunedState((empty,) * size, jnp.zeros((size,), bool))
 
     def step(
         self,
@@ -99,17 +95,16 @@ class TunedMultistep(AbstractFlowSolver[MultistepState]):
         t1: ScalarLike,
         y0: State,
         args: Args,
-        solver_state: MultistepState,
+        solver_state: TunedState,
         made_jump: Any,
-    ) -> tuple[State, None, dict[str, Any], MultistepState, diffrax.RESULTS]:
+    ) -> tuple[State, None, dict[str, Any], TunedState, diffrax.RESULTS]:
         """One step of the module's equation."""
         field, _, direction = unwrap(terms, "TunedMultistep")
-        flow, path = field.flow, field.flow.path
+        path = field.flow.path
         start, target = -direction * as_scalar(t0), -direction * as_scalar(t1)
         index = jnp.argmin(jnp.abs(jax.lax.stop_gradient(self.ts[:-1] - start)))
         t = self.asked[index]
-        output = network_output(flow, t, y0, args)
-        data = combine(flow.mixture_weights(t, mixture_of(Data(), t)), y0, output)
+        data = evaluate(field, t, y0, args).mixture(mixture_of(Data(), t))
         (alpha, sigma), (alpha_to, sigma_to) = path.coefficients(start), path.coefficients(target)
         ratio = sigma_to / sigma
         total = alpha_to - alpha * ratio
@@ -120,14 +115,5 @@ class TunedMultistep(AbstractFlowSolver[MultistepState]):
             (ratio * (1 + self.carry[index]), total * newest, *(total * weights)), (y0, data, *solver_state.values)
         )
         size = len(valid)
-        state = MultistepState(
-            (data, *solver_state.values)[:size],
-            jnp.append(t, solver_state.ts)[:size],
-            jnp.append(jnp.ones((), bool), valid)[:size],
-            None,
-        )
+        state = TunedState((data, *solver_state.values)[:size], jnp.append(jnp.ones((), bool), valid)[:size])
         return y1, None, {"y0": y0, "y1": y1, "formula": None}, state, diffrax.RESULTS.successful
-
-    def func(self, terms: diffrax.AbstractTerm, t0: ScalarLike, y0: State, args: Args) -> Any:
-        """The vector field of the terms, which Diffrax asks for to choose a first step."""
-        return terms.vf(as_scalar(t0), y0, args)

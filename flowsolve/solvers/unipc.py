@@ -20,26 +20,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .._checks import check_count
 from .._numerics import as_scalar, linear_combination, phi
 from .._types import Args, Scalar, ScalarLike, State
-from ..dynamics import AbstractDynamics, FlowField, ProbabilityFlow, network_output, unwrap
-from ..predictions import Data, combine
-from .base import AbstractFlowSolver, refuse_noise
-from .multistep import (
-    AbstractODEMultistep,
-    MultistepFormula,
-    StepInterpolation,
-    carry,
-    error_scale,
-    freeze,
-    with_differences,
-)
-from .nodes import Step, basis_to_clean, check_order, trapezoid_from_noise, vandermonde_weights
+from ..dynamics import FlowField, unwrap
+from ..predictions import Data
+from .base import AbstractGridAwareSolver, AbstractProbabilityFlowSolver, error_scale, evaluate
+from .interpolation import StepInterpolation, carry, step_formula, with_differences
+from .multistep import AbstractODEMultistep, MultistepState
+from .nodes import Step, basis_to_clean, trapezoid_from_noise, vandermonde_weights
 
 __all__ = ["AdaptiveUniPC", "UniPC"]
 
 
-class UniPC(AbstractODEMultistep):
+class UniPC(AbstractODEMultistep, AbstractGridAwareSolver[MultistepState]):
     """UniPC with one evaluation a step: the evaluation that opens a step corrects the step before.
 
     **Arguments:** `order`: p from 1 to 3; `corrector`: whether steps are corrected, which raises the order from p to
@@ -61,14 +55,14 @@ class UniPC(AbstractODEMultistep):
     extrapolated: ClassVar[Data] = Data()
 
     def __init__(self, order: int = 3, *, corrector: bool = True, bh: int = 2, lower_order_final: bool = True):
-        self.max_order = check_order(order, 3, "UniPC")
+        self.max_order = check_count(order, "UniPC got order", most=3)
         self.bh = _check_bh(bh, "UniPC")
         self.corrects = corrector
         self.lower_order_final = lower_order_final
         self.last_times = None
 
     def for_times(self, times: Float[Array, " points"]) -> "UniPC":
-        """This solver for a solve along the path times `times`, the end of which it may need to know."""
+        """This solver, with the order lowered toward the last of the times if that was asked for."""
         if not self.lower_order_final or self.max_order == 1:
             return self
         last = times[:-1][::-1][: self.max_order - 1]
@@ -131,7 +125,7 @@ class AdaptiveState(eqx.Module):
     valid: Bool[Array, " history"]
 
 
-class AdaptiveUniPC(AbstractFlowSolver[AdaptiveState], diffrax.AbstractAdaptiveSolver[AdaptiveState]):
+class AdaptiveUniPC(AbstractProbabilityFlowSolver[AdaptiveState], diffrax.AbstractAdaptiveSolver[AdaptiveState]):
     """UniPC for `diffrax.PIDController`: every step is corrected at once, and the correction is the error estimate.
 
     The evaluation at the end of a step, at the predicted state, opens the next one: one a step, rejected ones
@@ -149,21 +143,11 @@ class AdaptiveUniPC(AbstractFlowSolver[AdaptiveState], diffrax.AbstractAdaptiveS
     bh: int = eqx.field(static=True)
     evaluations_per_step: ClassVar[int] = 1
     evaluations_at_start: ClassVar[int] = 1
-    term_structure: ClassVar[type] = diffrax.AbstractTerm
     interpolation_cls: ClassVar[type] = StepInterpolation
 
     def __init__(self, order: int = 3, *, bh: int = 2):
-        self.max_order = check_order(order, 3, "AdaptiveUniPC")
+        self.max_order = check_count(order, "AdaptiveUniPC got order", most=3)
         self.bh = _check_bh(bh, "AdaptiveUniPC")
-
-    @property
-    def default_dynamics(self) -> AbstractDynamics:
-        """The probability flow."""
-        return ProbabilityFlow()
-
-    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
-        """Raise for a stochastic equation."""
-        refuse_noise(self, dynamics)
 
     def order(self, terms: diffrax.AbstractTerm) -> int:
         """One more than the predictor's."""
@@ -178,7 +162,7 @@ class AdaptiveUniPC(AbstractFlowSolver[AdaptiveState], diffrax.AbstractAdaptiveS
         start = -direction * as_scalar(t0)
         empty = jax.tree.map(jnp.zeros_like, y0)
         size = self.max_order
-        data, noise = _data_and_noise(field, start, y0, args)
+        data, noise = evaluate(field, start, y0, args).data_and_noise()
         return AdaptiveState(data, noise, empty, (empty,) * size, jnp.full((size,), start), jnp.zeros((size,), bool))
 
     def step(
@@ -204,7 +188,7 @@ class AdaptiveUniPC(AbstractFlowSolver[AdaptiveState], diffrax.AbstractAdaptiveS
         base = linear_combination((alpha, sigma, carry(path, start, sigma)), (state.data, state.noise, state.change))
         usual, longer = _weights(predicting.latest(self.max_order), self.bh), _weights(predicting, self.bh)
         predicted = with_differences(base, usual, values)
-        data, noise = _data_and_noise(field, target, predicted, args)
+        data, noise = evaluate(field, target, predicted, args).data_and_noise()
         h, proper = predicting.span()
         # The history reaches one evaluation further back than the scheme does.
         correcting = Step(path, field.dynamics, target, *_with_target(predicting.latest(self.max_order)))
@@ -224,16 +208,11 @@ class AdaptiveUniPC(AbstractFlowSolver[AdaptiveState], diffrax.AbstractAdaptiveS
         error = jax.tree.map(lambda a, b: scale.astype(a.dtype) * (jnp.abs(a) + b), change, rest)
 
         size = self.max_order
-        frozen = freeze((_Corrected(self.bh), path, field.dynamics))
-        formula = MultistepFormula(
-            frozen, direction, correcting.ts, correcting.valid, state.data, state.noise, state.change, (*values, data)
+        formula = step_formula(
+            _Corrected(self.bh), correcting, direction, (state.data, state.noise), (*values, data), state.change
         )
         new_state = AdaptiveState(data, noise, change, values[:size], ts[:size], valid[:size])
         return y1, error, {"y0": y0, "y1": y1, "formula": formula}, new_state, diffrax.RESULTS.successful
-
-    def func(self, terms: diffrax.AbstractTerm, t0: ScalarLike, y0: State, args: Args) -> Any:
-        """The vector field of the terms, which Diffrax asks for to choose a first step."""
-        return terms.vf(as_scalar(t0), y0, args)
 
 
 def _with_target(step: Step) -> tuple[Float[Array, " nodes"], Bool[Array, " nodes"]]:
@@ -250,16 +229,6 @@ class _Corrected(eqx.Module):
         return jnp.where(step.span()[1], _weights(step, self.bh), trapezoid_from_noise(step))
 
 
-def _data_and_noise(field: FlowField, t: Scalar, x: State, args: Args) -> tuple[State, State]:
-    """E[x_0|x] and E[eps|x] from one evaluation."""
-    output = network_output(field.flow, t, x, args)
-    one, zero = jnp.ones_like(t), jnp.zeros_like(t)
-    data, noise = (
-        combine(field.flow.mixture_weights(t, triple), x, output) for triple in ((one, zero, one), (zero, one, one))
-    )
-    return data, noise
-
-
 def _after_jump(
     field: FlowField, start: Scalar, y0: State, args: Args, state: AdaptiveState, made_jump: Any
 ) -> AdaptiveState:
@@ -268,7 +237,7 @@ def _after_jump(
         return state
 
     def renewed() -> AdaptiveState:
-        data, noise = _data_and_noise(field, start, y0, args)
+        data, noise = evaluate(field, start, y0, args).data_and_noise()
         change = jax.tree.map(jnp.zeros_like, y0)
         return AdaptiveState(data, noise, change, state.values, state.ts, jnp.zeros_like(state.valid))
 

@@ -10,7 +10,7 @@ $$x_u = \frac{\alpha_u}{\alpha_t} x_t + \alpha_u \sqrt{\rho_u^2 - \rho_t^2}\, z 
 """
 
 import abc
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import diffrax
 import equinox as eqx
@@ -19,24 +19,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check, is_concrete
+from .._checks import check, check_count, is_concrete
 from .._numerics import as_scalar, linear_combination, safe_sqrt, tree_dot
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, AddedNoise, FlowField, ProbabilityFlow, unwrap
 from ..grids import AbstractGrid, LogSNR
 from ..paths import AbstractPath
-from .base import AbstractFlowSolver
+from ..predictions import Noise
+from .base import AbstractFlowSolver, AbstractGridAwareSolver, AbstractStochasticSolver
 from .counts import evaluation_counts
-from .multistep import AbstractMultistep, StepInterpolation
+from .interpolation import StepInterpolation
+from .multistep import AbstractMultistep
+from .nodes import mixture_of
+from .tuned import TunedMultistep
 
 __all__ = ["Churn", "LangevinCorrector", "Restart"]
 
 
-class AbstractWrapper(AbstractFlowSolver[Any], diffrax.AbstractItoSolver[Any]):
+class AbstractWrapper(AbstractStochasticSolver[Any]):
     """A solver around another one."""
 
     solver: eqx.AbstractVar[diffrax.AbstractSolver]
-    term_structure: ClassVar[type] = diffrax.AbstractTerm
     interpolation_cls: ClassVar[type] = StepInterpolation
 
     @abc.abstractmethod
@@ -47,20 +50,11 @@ class AbstractWrapper(AbstractFlowSolver[Any], diffrax.AbstractItoSolver[Any]):
         """The inner solver's."""
         return self.solver.order(terms)
 
-    def strong_order(self, terms: diffrax.AbstractTerm) -> float:
-        """At least 1/2."""
-        del terms
-        return 0.5
-
     def init(self, terms: diffrax.AbstractTerm, t0: ScalarLike, t1: ScalarLike, y0: State, args: Args) -> Any:
         """The inner solver's state."""
         field, _, _ = unwrap(terms, type(self).__name__)
         self.check_dynamics(field.dynamics)
         return self.solver.init(self.inner_terms(terms, field), as_scalar(t0), as_scalar(t1), y0, args)
-
-    def func(self, terms: diffrax.AbstractTerm, t0: ScalarLike, y0: State, args: Args) -> Any:
-        """The vector field of the terms, which Diffrax asks for to choose a first step."""
-        return terms.vf(as_scalar(t0), y0, args)
 
 
 def raise_noise(path: AbstractPath, t: Scalar, u: Scalar, x: State, normal: State) -> State:
@@ -91,18 +85,51 @@ def _check_inner(solver: object, name: str) -> None:
         )
 
 
-def _probability_flow_only(wrapper: "Churn | Restart", dynamics: AbstractDynamics) -> None:
-    if not isinstance(dynamics, AddedNoise):
+_Wrapper = TypeVar("_Wrapper", bound=AbstractWrapper)
+
+
+def _with_inner_for(wrapper: _Wrapper, times: Float[Array, " points"]) -> _Wrapper:
+    """The wrapper with the inner solver told the times of the solve, if it wants to know."""
+    if not isinstance(wrapper.solver, AbstractGridAwareSolver):
+        return wrapper
+    return eqx.tree_at(lambda w: w.solver, wrapper, wrapper.solver.for_times(times))
+
+
+def _check_off_grid(solver: object, name: str) -> None:
+    """Raise unless `solver` is as `_check_inner` wants it and can start from any time."""
+    _check_inner(solver, name)
+    if isinstance(solver, TunedMultistep):
         raise ValueError(
-            f"{type(wrapper).__name__} adds its own noise to the probability flow, but was given "
-            f"{type(dynamics).__name__}: leave dynamics out (in a plain diffeqsolve, use those of AddedNoise)."
+            f"{name} got TunedMultistep, which steps through its own grid alone, but starts from times beside the "
+            "grid: wrap a solver for any grid such as EDMHeun()."
         )
-    inner = wrapper.solver
-    if isinstance(inner, AbstractFlowSolver):
-        inner.check_dynamics(ProbabilityFlow())
 
 
-class Churn(AbstractWrapper):
+class AbstractNoiseRaiser(AbstractWrapper):
+    """A wrapper that raises the noise between steps of the probability flow."""
+
+    @property
+    def default_dynamics(self) -> AbstractDynamics:
+        """The probability flow, with noise at hand."""
+        return AddedNoise()
+
+    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
+        """Raise for anything but the probability flow with added noise."""
+        if not isinstance(dynamics, AddedNoise):
+            raise ValueError(
+                f"{type(self).__name__} adds its own noise to the probability flow, but was given "
+                f"{type(dynamics).__name__}: leave dynamics out (in a plain diffeqsolve, use those of AddedNoise)."
+            )
+        if isinstance(self.solver, AbstractFlowSolver):
+            self.solver.check_dynamics(ProbabilityFlow())
+
+    def inner_terms(self, terms: diffrax.AbstractTerm, field: FlowField) -> diffrax.AbstractTerm:
+        """The probability flow."""
+        del terms
+        return ProbabilityFlow().terms(field.flow)
+
+
+class Churn(AbstractNoiseRaiser):
     """EDM's churn: before each step the noise sigma/alpha is raised by a factor 1 + gamma, on any path.
 
     **Arguments:** `solver`: a one-step solver of the probability flow, `EDMHeun()` for EDM's own sampler; `gamma`: the
@@ -120,7 +147,7 @@ class Churn(AbstractWrapper):
     s_noise: Scalar = eqx.field(default=1.0, converter=as_scalar)
 
     def __check_init__(self):
-        _check_inner(self.solver, "Churn")
+        _check_off_grid(self.solver, "Churn")
         if isinstance(self.solver, AbstractMultistep) and self.solver.history > 0:
             raise ValueError(
                 f"Churn got {type(self.solver).__name__}, whose history does not lie on the churned trajectory: use a "
@@ -138,20 +165,6 @@ class Churn(AbstractWrapper):
     def evaluations_at_start(self) -> int:
         """Those of the inner solver."""
         return _counts(self.solver)[1]
-
-    @property
-    def default_dynamics(self) -> AbstractDynamics:
-        """The probability flow, with noise at hand."""
-        return AddedNoise()
-
-    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
-        """Raise for anything but the probability flow with added noise."""
-        _probability_flow_only(self, dynamics)
-
-    def inner_terms(self, terms: diffrax.AbstractTerm, field: FlowField) -> diffrax.AbstractTerm:
-        """The probability flow."""
-        del terms
-        return ProbabilityFlow().terms(field.flow)
 
     def step(
         self,
@@ -182,7 +195,7 @@ class Churn(AbstractWrapper):
         return y1, None, {"y0": y0, "y1": y1, "formula": None}, state, result
 
 
-class Restart(AbstractWrapper):
+class Restart(AbstractNoiseRaiser, AbstractGridAwareSolver[Any]):
     """Restart sampling around any solver of the probability flow.
 
     After the step that first reaches `t_min` the noise is raised to that of `t_max` and the flow solved down to
@@ -208,16 +221,14 @@ class Restart(AbstractWrapper):
         repeats: int = 1,
         grid: AbstractGrid | None = None,
     ):
-        _check_inner(solver, "Restart")
+        _check_off_grid(solver, "Restart")
         low, high = as_scalar(interval[0]), as_scalar(interval[1])
         high = check(
             high, ~(low < high), f"Restart got interval = {interval}, but wants (t_min, t_max), t_min < t_max."
         )
-        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-            raise ValueError(f"Restart got repeats = {repeats!r}, but wants an integer of at least 1.")
         self.solver = solver
         self.interval = low, high
-        self.repeats = repeats
+        self.repeats = check_count(repeats, "Restart got repeats")
         self.grid = LogSNR(4) if grid is None else grid
 
     @property
@@ -231,15 +242,6 @@ class Restart(AbstractWrapper):
         per_step, at_start = _counts(self.solver)
         return at_start + self.repeats * (at_start + self.grid.steps * per_step)
 
-    @property
-    def default_dynamics(self) -> AbstractDynamics:
-        """The probability flow, with noise at hand."""
-        return AddedNoise()
-
-    def check_dynamics(self, dynamics: AbstractDynamics) -> None:
-        """Raise for anything but the probability flow with added noise."""
-        _probability_flow_only(self, dynamics)
-
     def for_times(self, times: Float[Array, " points"]) -> "Restart":
         """This solver; raise, where the times are known, unless a solve along them passes through the interval."""
         low, high = self.interval
@@ -249,12 +251,7 @@ class Restart(AbstractWrapper):
                 f"Restart got the interval from t = {float(low):g} to {float(high):g}, but the solve goes from t = "
                 f"{float(t_start):g} to {float(t_end):g}: take an interval inside."
             )
-        return self
-
-    def inner_terms(self, terms: diffrax.AbstractTerm, field: FlowField) -> diffrax.AbstractTerm:
-        """The probability flow."""
-        del terms
-        return ProbabilityFlow().terms(field.flow)
+        return _with_inner_for(self, times)
 
     def step(
         self,
@@ -297,15 +294,16 @@ class Restart(AbstractWrapper):
         return y1, None, {"y0": y0, "y1": y1, "formula": None}, state, result
 
 
-class LangevinCorrector(AbstractWrapper):
+class LangevinCorrector(AbstractWrapper, AbstractGridAwareSolver[Any]):
     r"""A predictor-corrector sampler: each step of a solver is followed by Langevin dynamics at the time reached.
 
     $$x \leftarrow x + \delta \sigma^2\, \mathrm{score} + \sqrt{2 \delta}\, \sigma z
                   = x - \delta \sigma E[\epsilon|x] + \sqrt{2\delta}\, \sigma z$$
 
-    **Arguments:** `solver`: any solver, of the probability flow or, as in the paper, of `ReverseSDE`; `steps`: how many
-    Langevin steps; `snr`: the paper's rule $\delta = 2\, (\mathrm{snr}\, |z|/|E[\epsilon|x]|)^2$, for each example by
-    its own norms (the paper takes the mean over the batch); or `step_size`: delta itself. By default snr = 0.16.
+    **Arguments:** `solver`: any solver without a corrector of its own, of the probability flow or, as in the paper, of
+    `ReverseSDE`; `steps`: how many Langevin steps; `snr`: the paper's rule
+    $\delta = 2\, (\mathrm{snr}\, |z|/|E[\epsilon|x]|)^2$, for each example by its own norms (the paper takes the mean
+    over the batch); or `step_size`: delta itself. By default snr = 0.16.
 
     Where sigma = 0 there is nothing to correct. Evaluations are those of the inner solver and `steps` more a step.
     Dense output is linear. Source: Song et al. (2020), arXiv 2011.13456.
@@ -325,14 +323,17 @@ class LangevinCorrector(AbstractWrapper):
         step_size: ScalarLike | None = None,
     ):
         _check_inner(solver, "LangevinCorrector")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"LangevinCorrector got steps = {steps!r}, but wants an integer of at least 1.")
+        if isinstance(solver, AbstractMultistep) and solver.corrector is not None:
+            raise ValueError(
+                f"LangevinCorrector got a {type(solver).__name__} that corrects each step from where it left it, and "
+                "would undo what Langevin's steps do: use it with corrector=False, or another solver."
+            )
         if snr is not None and step_size is not None:
             raise ValueError("LangevinCorrector got both snr and step_size: give one, each sets the length of a step.")
         if snr is None and step_size is None:
             snr = 0.16
         self.solver = solver
-        self.steps = steps
+        self.steps = check_count(steps, "LangevinCorrector got steps")
         self.snr = None if snr is None else _check_length(snr, "snr")
         self.step_size = None if step_size is None else _check_length(step_size, "step_size")
 
@@ -368,6 +369,10 @@ class LangevinCorrector(AbstractWrapper):
         if isinstance(self.solver, AbstractFlowSolver):
             self.solver.check_dynamics(ProbabilityFlow() if isinstance(dynamics, AddedNoise) else dynamics)
 
+    def for_times(self, times: Float[Array, " points"]) -> "LangevinCorrector":
+        """This solver, the inner one told."""
+        return _with_inner_for(self, times)
+
     def inner_terms(self, terms: diffrax.AbstractTerm, field: FlowField) -> diffrax.AbstractTerm:
         """The probability flow, or the stochastic equation that was given."""
         return ProbabilityFlow().terms(field.flow) if isinstance(field.dynamics, AddedNoise) else terms
@@ -397,10 +402,10 @@ class LangevinCorrector(AbstractWrapper):
         clean = sigma == 0
         # On clean data, where the noise is not defined, a time at which it is; its step has length 0.
         t = jnp.where(clean, -start, -target)
-        eps_mixture = (jnp.zeros_like(t), jnp.ones_like(t), jnp.ones_like(t))
+        noise_at_t = mixture_of(Noise(), t)
 
         def langevin(x: State, number: Any) -> tuple[State, None]:
-            eps = field.mixture(eps_mixture, t, x, args)
+            eps = field.mixture(noise_at_t, t, x, args)
             z = noise.extra_normal(start, target, number)
             if self.step_size is None:
                 assert self.snr is not None
