@@ -4,7 +4,7 @@ A concrete value is checked in Python and raises a plain `ValueError`; inside a 
 check becomes `eqx.error_if`, whose returned value must be used.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -32,7 +32,7 @@ def check(value: _T, bad: bool | np.bool_ | Bool[Array, "..."], message: str) ->
     return value
 
 
-def check_count(count: object, what: str, *, least: int = 1, most: int | None = None) -> int:
+def check_count(count: Any, what: str, *, least: int = 1, most: int | None = None) -> int:
     """`count` as an int; raise unless it is an integer, at least `least` and at most `most`."""
     integer = isinstance(count, int | np.integer) and not isinstance(count, bool)
     if not integer or count < least or (most is not None and count > most):
