@@ -11,7 +11,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, PyTree
 
 from ._types import Like, PRNGKey
 
@@ -41,6 +41,13 @@ def check_count(count: Any, what: str, *, least: int = 1, most: int | None = Non
     return int(count)
 
 
+def check_type(value: object, wanted: type, name: str, example: str) -> None:
+    """Raise unless `value` is an instance of `wanted`; a class given in its place is named."""
+    if not isinstance(value, wanted):
+        given = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {given}, but wants {example}.")
+
+
 def check_state(x: Like, name: str) -> None:
     """Raise unless `x` is a non-empty pytree of floating-point arrays (or their shapes)."""
     leaves = jax.tree.leaves(x)
@@ -53,6 +60,16 @@ def check_state(x: Like, name: str) -> None:
             raise TypeError(
                 f"{name} has dtype {leaf.dtype}, but a state must be floating point: "
                 "convert it, e.g. x.astype(jnp.float32)."
+            )
+
+
+def check_batch(args: PyTree, num: int) -> None:
+    """Raise unless every array of `args` has a leading axis of length `num`."""
+    for leaf in jax.tree.leaves(eqx.filter(args, eqx.is_array_like)):
+        if np.ndim(leaf) == 0 or np.shape(leaf)[0] != num:
+            raise ValueError(
+                f"args holds {describe(leaf)} for num = {num} samples, but wants a leading axis of length {num}: one "
+                "entry an example (repeat what they share)."
             )
 
 

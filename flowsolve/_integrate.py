@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import check, is_concrete
+from ._checks import check, check_type, is_concrete
 from ._numerics import all_finite, as_scalar
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .brownian import StepNoise, TreeNoise
@@ -104,7 +104,8 @@ def settle(
         (start >= end) if encode else (start <= end),
         f"The solve goes from t = {_show(start)} to t = {_show(end)}, but its times must {wanted}.",
     )
-    if isinstance(solver, AbstractGridAwareSolver):
+    # A HalfSolver passes for the solver inside, but steps beside the grid.
+    if isinstance(solver, AbstractGridAwareSolver) and type(solver) is not diffrax.HalfSolver:
         solver = solver.for_times(jnp.stack([start, end]) if ts is None else -ts)
     settings = Settings(solver, dynamics, ts, controller, start, end)
     _check_singular(flow, settings)
@@ -350,12 +351,6 @@ def _check_controller(controller: diffrax.AbstractStepSizeController, solver: di
             f"{type(solver).__name__} has no error estimate, but an adaptive controller needs one: pass grid= for "
             "fixed steps, or a solver with an estimate such as diffrax.Tsit5() (diffrax.HalfSolver adds one to any)."
         )
-
-
-def check_type(value: object, wanted: type, name: str, example: str) -> None:
-    if not isinstance(value, wanted):
-        given = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
-        raise TypeError(f"{name} is {given}, but wants {example}.")
 
 
 def _check_time(path: AbstractPath, t: ScalarLike, name: str) -> Scalar:

@@ -149,6 +149,8 @@ class ReverseSDE(AbstractDynamics):
     place of eta^2 g^2, for instance `lambda t: 2 * t`; `interval`: None, or the two path times between which there is
     noise, with the probability flow outside.
 
+    The derivative of a solve in eta at eta = 0 comes out as 0, from any solver: begin above it to learn eta.
+
     Source: Song et al. (2020), arXiv 2011.13456; Ma et al. (2024), arXiv 2401.08740, whose w is this w; Xue et
     al. (2023), arXiv 2309.05019, whose tau is eta, on an interval.
     """
@@ -170,6 +172,10 @@ class ReverseSDE(AbstractDynamics):
     ):
         if callable(eta):
             raise TypeError("ReverseSDE got a callable for eta: pass w(t) by name, ReverseSDE(diffusion=...).")
+        if diffusion is not None and not callable(diffusion):
+            raise TypeError(
+                f"ReverseSDE got diffusion = {diffusion!r}, but wants a callable t -> w(t) such as lambda t: 2 * t."
+            )
         if eta is not None and diffusion is not None:
             raise ValueError(
                 "ReverseSDE got both eta and diffusion: give one, diffusion is w(t) in place of eta^2 g^2."
@@ -178,11 +184,13 @@ class ReverseSDE(AbstractDynamics):
         self.noiseless = eta is not None and is_zero(eta)
         if diffusion is None:
             level = as_scalar(1.0 if eta is None else eta)
-            self.eta = check(level, level < 0, f"ReverseSDE got eta = {eta}, but wants a noise level eta >= 0.")
+            self.eta = check(level, ~(level >= 0), f"ReverseSDE got eta = {eta}, but wants a noise level eta >= 0.")
         else:
             self.eta = None
         self.interval = None
         if interval is not None:
+            if not isinstance(interval, tuple | list) or len(interval) != 2:
+                raise ValueError(f"ReverseSDE got interval = {interval!r}, but wants two path times.")
             first, second = as_scalar(interval[0]), as_scalar(interval[1])
             low, high = jnp.minimum(first, second), jnp.maximum(first, second)
             high = check(

@@ -13,9 +13,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int
 
-from ._checks import check_count, check_key, check_state, describe
+from ._checks import check_batch, check_count, check_key, check_state
 from ._integrate import (
     Settings,
     check_network,
@@ -166,7 +166,7 @@ def sample(
     check_state(like, "like")
     key = check_key(key, "sampling")
     num = check_count(num, "sampling got num")
-    _check_batch(args, num)
+    check_batch(args, num)
     settings = settle(
         flow, solver=solver, grid=grid, controller=controller, dynamics=dynamics, t_start=t_start, t_end=t_end
     )
@@ -220,12 +220,3 @@ def _solve(
 def _last(sol: diffrax.Solution, axis: int = 0) -> State:
     """The one saved state of a solution, behind `axis` batch axes."""
     return jax.tree.map(lambda leaf: jnp.take(leaf, -1, axis=axis), sol.ys)
-
-
-def _check_batch(args: PyTree, num: int) -> None:
-    for leaf in jax.tree.leaves(eqx.filter(args, eqx.is_array_like)):
-        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != num:
-            raise ValueError(
-                f"args holds {describe(leaf)} for num = {num} samples, but wants a leading axis of length {num}: one "
-                "entry an example (repeat what they share)."
-            )

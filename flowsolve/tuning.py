@@ -27,8 +27,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import check_count, check_key, check_state
-from ._integrate import check_network, check_type, settle
+from ._checks import check, check_batch, check_count, check_key, check_state, check_type, is_concrete
+from ._integrate import check_network, settle
 from ._numerics import as_scalar, normal_with, state_like, tree_size
 from ._progress import import_tqdm
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
@@ -36,7 +36,7 @@ from .dynamics import ProbabilityFlow
 from .flow import AbstractFlow
 from .grids import AbstractGrid, Given, LogSNR, VPPower
 from .sampling import solve
-from .solvers import DDIM, TunedMultistep
+from .solvers import DDIM, AbstractFlowSolver, TunedMultistep
 
 __all__ = ["Tuned", "tune"]
 
@@ -110,12 +110,13 @@ def tune(
     - `args`: labels or context with a leading axis of length `num`, or None; `num`: how many noises to learn from;
     - `solver`: None to learn a `TunedMultistep`; or a solver of the probability flow, whose grid alone is learnt;
     - `grid`: the grid to begin with, `grids.VPPower(steps)` by default;
-    - `t_start`, `t_end`: path times, `t_noise` and `t_data` by default;
+    - `t_start`, `t_end`: path times, those of the grid by default;
     - `reference_solver`, `reference_grid`: the accurate solve, `diffrax.Dopri8()` on `grids.LogSNR(32)` by default, 416
       evaluations for each noise;
     - `updates`, `batch_size`, `learning_rate`: of the descent, Adam with a warm-up and a cosine decay;
     - `rms_weight`: lambda; smaller for the accuracy of most samples, larger for that of the worst;
-    - `history`: how many earlier evaluations a step uses; `progress`: whether to show a progress bar, which needs tqdm.
+    - `history`: how many earlier evaluations a step of the `TunedMultistep` uses; `progress`: whether to show a bar,
+      which needs tqdm.
 
     **Returns:** a `Tuned`: `.solver` and `.grid`, for `sample` and `solve`.
 
@@ -127,6 +128,15 @@ def tune(
     steps, num = check_count(steps, "tune got steps"), check_count(num, "tune got num")
     updates, batch_size = check_count(updates, "tune got updates"), check_count(batch_size, "tune got batch_size")
     history = check_count(history, "tune got history", least=0)
+    check_batch(args, num)
+    if not is_concrete((flow, key, args)):
+        raise ValueError(
+            "tune was called inside a JAX transformation, but runs its own compiled loop and shows how far it is: call "
+            "it outside, and use the solver and grid that it returns inside."
+        )
+    rate, weight = as_scalar(learning_rate), as_scalar(rms_weight)
+    check(None, ~(rate > 0), f"tune got learning_rate = {learning_rate}, but wants it positive.")
+    check(None, ~(weight >= 0), f"tune got rms_weight = {rms_weight}, but wants it >= 0.")
     tqdm = import_tqdm("tune") if progress else None
     like = state_like(like)
     if grid is not None:
@@ -134,6 +144,11 @@ def tune(
         if grid.steps != steps:
             raise ValueError(f"grid has {grid.steps} steps, but {steps} are to be tuned: make them equal.")
     grid = VPPower(steps) if grid is None else grid
+    if isinstance(solver, AbstractFlowSolver) and solver.default_dynamics.stochastic:
+        raise ValueError(
+            f"tune learns on the probability flow, but got {type(solver).__name__}, which draws noise: give it a "
+            "deterministic solver, such as the one that this is without noise."
+        )
     settle(
         flow,
         solver=DDIM() if solver is None else solver,
@@ -143,8 +158,7 @@ def tune(
         t_start=t_start,
         t_end=t_end,
     )
-    start_time = as_scalar(flow.path.t_noise if t_start is None else t_start)
-    end_time = as_scalar(flow.path.t_data if t_end is None else t_end)
+    start_time, end_time = grid.ends(flow.path, t_start, t_end)
     check_network(flow, like, jax.tree.map(lambda leaf: leaf[0] if eqx.is_array_like(leaf) else leaf, args))
 
     noise_key, batch_key = jax.random.split(key)
@@ -165,10 +179,10 @@ def tune(
             "All reference solves failed: check the network for NaN or infinite output, or give reference_solver and "
             "reference_grid."
         )
-    task = _Task(flow, solver, start_time, end_time, x_start, x_end, args, known, as_scalar(rms_weight))
+    task = _Task(flow, solver, start_time, end_time, x_start, x_end, args, known, weight)
 
     first = _first(grid(flow.path, start_time, end_time), history)
-    learnt = _descend(task, first, batch_key, updates, batch_size, as_scalar(learning_rate), tqdm)
+    learnt = _descend(task, first, batch_key, updates, batch_size, rate, tqdm)
     before, after = float(_value(task, first)), float(_value(task, learnt))
     if not np.isfinite(after):
         raise RuntimeError(
@@ -297,7 +311,8 @@ def _some_updates(
 
 
 def _optimiser(updates: int, learning_rate: Scalar) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(updates // 20, 1), updates, 0.01)
+    warmup = max(updates // 20, 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, max(updates, warmup + 1), 0.01)
     return optax.chain(
         optax.zero_nans(),
         optax.clip_by_global_norm(1.0),

@@ -7,6 +7,7 @@ import sys
 import traceback
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -222,10 +223,10 @@ CASES = {
         ValueError,
         "would undo what Langevin's steps do",
     ),
-    "langevin_both": (
-        lambda: fs.solvers.LangevinCorrector(fs.solvers.DDIM(), snr=0.1, step_size=0.1),
+    "langevin_length": (
+        lambda: fs.solvers.LangevinCorrector(fs.solvers.DDIM(), step_size=float("nan")),
         ValueError,
-        "both snr and step_size",
+        "step_size = nan, but wants it positive",
     ),
     "langevin_without_noise": (
         lambda: solve(solver=fs.solvers.LangevinCorrector(fs.solvers.DDIM()), dynamics=fs.ProbabilityFlow(), key=KEY),
@@ -236,6 +237,48 @@ CASES = {
         lambda: fs.tuning.tune(FLOW, X, steps=0, key=KEY, progress=False),
         ValueError,
         "steps = 0, but wants an integer of at least 1",
+    ),
+    "tune_stochastic": (
+        lambda: fs.tuning.tune(FLOW, X, steps=3, solver=fs.solvers.SASolver(), key=KEY, progress=False),
+        ValueError,
+        "learns on the probability flow, but got SASolver",
+    ),
+    "tune_args": (
+        lambda: fs.tuning.tune(FLOW, X, steps=3, args=jnp.zeros(3), num=4, key=KEY, progress=False),
+        ValueError,
+        r"float32\[3\] for num = 4",
+    ),
+    "tune_rate": (
+        lambda: fs.tuning.tune(FLOW, X, steps=3, learning_rate=-1.0, key=KEY, progress=False),
+        ValueError,
+        "learning_rate = -1.0, but wants it positive",
+    ),
+    "tune_in_jit": (
+        lambda: jax.jit(lambda key: fs.tuning.tune(FLOW, X, steps=3, key=key, progress=False).grid.ts)(KEY),
+        ValueError,
+        "inside a JAX transformation",
+    ),
+    "churn_levels": (
+        lambda: fs.solvers.Churn(fs.solvers.EDMHeun(), 0.1, s_min=5.0, s_max=1.0),
+        ValueError,
+        "wants s_min < s_max",
+    ),
+    "eta_nan": (lambda: fs.solvers.DDIM(float("nan")), ValueError, "outside"),
+    "r_beyond_the_middle": (
+        lambda: fs.solvers.DPMSolverPPSinglestep(2, r=0.9),
+        ValueError,
+        "r = 0.9, but wants a place above 0, up to 0.5",
+    ),
+    "variable_as_a_class": (
+        lambda: fs.solvers.AdamsBashforth(2, variable=fs.solvers.Time),
+        TypeError,
+        "variable is the class Time",
+    ),
+    "variance_as_a_word": (lambda: fs.solvers.Ancestral("large"), TypeError, "variance is a str"),
+    "restart_grid": (
+        lambda: fs.solvers.Restart(fs.solvers.EDMHeun(), (0.3, 0.6), grid=4),
+        TypeError,
+        "grid is a int",
     ),
     "tune_grid": (
         lambda: fs.tuning.tune(FLOW, X, steps=3, grid=fs.grids.Uniform(4), key=KEY, progress=False),
@@ -292,6 +335,26 @@ def outcome(call):
         frames = traceback.extract_tb(error.__traceback__)
         return type(error).__name__, str(error), frames[-1].filename
     return "nothing", "", ""
+
+
+IN_JIT = {
+    "tuned_on_another_grid": (
+        lambda t: solve(solver=tuned_solver(), grid=fs.grids.Given([1.0, t, 0.0])).ys,
+        "was tuned for its own grid of 2 steps",
+    ),
+    "other_ends_of_two_points": (
+        lambda t: solve(grid=fs.grids.Given([t, 0.1]), t_start=1.0, t_end=0.0).ys,
+        "asked for other ends than its own",
+    ),
+    "churn": (lambda t: fs.solvers.Churn(fs.solvers.EDMHeun(), -t).gamma, "wants a factor"),
+}
+
+
+@pytest.mark.parametrize("name", IN_JIT)
+def test_traced_values_are_checked_when_they_run(name):
+    call, message = IN_JIT[name]
+    with pytest.raises(RuntimeError, match=message):
+        eqx.filter_jit(call)(jnp.asarray(0.3))
 
 
 @pytest.mark.quick

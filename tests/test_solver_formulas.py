@@ -431,8 +431,8 @@ def test_churn_is_edms(denoise):
 
 
 def test_langevin_corrector_is_songs(denoise):
-    """After a DDIM step, two steps x + d score + sqrt(2 d) z with d = 2 (snr |z|/|score|)^2."""
-    snr = 0.2
+    """After a DDIM step, two steps x + e score + sqrt(2 e) z, with e = delta sigma^2."""
+    delta = 0.08
 
     def step(i, x, data):
         (a, s, _), (a1, s1, _) = coefficients(TIMES[i]), coefficients(TIMES[i + 1])
@@ -440,12 +440,12 @@ def test_langevin_corrector_is_songs(denoise):
         for k in range(2):
             score = -(x - a1 * denoise(TIMES[i + 1], x)) / s1**2
             z = Z[i, k]
-            length = 2 * (snr * np.linalg.norm(z) / np.linalg.norm(score)) ** 2
+            length = delta * s1**2
             x = x + length * score + np.sqrt(2 * length) * z
         return x
 
     compare(
-        lambda: fs.solvers.LangevinCorrector(fs.solvers.DDIM(), steps=2, snr=snr),
+        lambda: fs.solvers.LangevinCorrector(fs.solvers.DDIM(), steps=2, step_size=delta),
         steps_of(step, denoise),
         fs.dynamics.AddedNoise,
     )

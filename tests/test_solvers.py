@@ -365,6 +365,15 @@ def test_a_wrapped_solver_knows_where_the_grid_ends():
     assert np.abs(got - fs.solve(flow, x, solver=kept, grid=grid).ys[-1]).max() > 1e-3
 
 
+def test_half_solver_around_a_multistep():
+    """Its half steps lie beside the grid, of which it is not told; the estimate keeps the tolerance."""
+    flow, x = gaussian(fs.paths.VP()), jnp.array([1.2, -0.5])
+    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    sol = fs.solve(flow, x, solver=diffrax.HalfSolver(fs.solvers.UniPC(2, corrector=False)), controller=controller)
+    exact = gaussian_flow_map(flow.path, MEAN, COVARIANCE, flow.path.t_noise, flow.path.t_data, x)
+    np.testing.assert_allclose(sol.ys[-1], exact, atol=1e-2)
+
+
 ADAPTIVE = ("dpm_2s", "dpm_3s", "edm_heun", "adaptive_unipc_3")
 
 
@@ -398,9 +407,7 @@ def test_rejected_steps_leave_no_trace(x64):
     np.testing.assert_allclose(again.ys[-1], sol.ys[len(ts) - 1], rtol=1e-10)
 
 
-if (
-    __name__ == "__main__"
-):  # the measured orders, then how near one step is to the denoised prediction
+if __name__ == "__main__":  # the measured orders, then how near one step is to the denoised prediction
     with jax.enable_x64(True):
         for name, (solver, order) in ORDERS.items():
             paths = [path for path, other in CASES if other == name]

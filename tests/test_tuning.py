@@ -138,6 +138,16 @@ def test_guided_flows_labels_and_pytrees():
         assert np.abs(got - exact).max() < 0.2 * np.abs(ddim - exact).max()
 
 
+def test_a_grid_keeps_its_own_ends():
+    """`ThenClean` goes on to sigma = 0 and `Given` begins below t_noise; one update is enough to be told."""
+    flow = two_modes(fs.paths.EDM())
+    settings = {"steps": 3, "num": 8, "updates": 1, "batch_size": 8, "progress": False, "key": jax.random.key(0)}
+    settings |= {"reference_solver": fs.solvers.DDIM()}
+    for grid in (fs.grids.ThenClean(fs.grids.Karras(3)), fs.grids.Given([40.0, 2.0, 0.3, 0.01])):
+        result = fs.tuning.tune(flow, LIKE, grid=grid, **settings)
+        np.testing.assert_array_equal(result.grid.ts[np.array([0, -1])], grid(flow.path)[np.array([0, -1])])
+
+
 def test_a_flow_that_fails_says_so():
     def network(t, x, args, *, key=None):
         return jnp.full_like(x, jnp.nan)

@@ -22,8 +22,10 @@ class AbstractGrid(eqx.Module):
     steps: eqx.AbstractVar[int]
 
     @abc.abstractmethod
-    def ends(self, path: AbstractPath) -> tuple[ScalarLike, ScalarLike]:
-        """(t_start, t_end) where the caller gives none."""
+    def ends(
+        self, path: AbstractPath, t_start: ScalarLike | None = None, t_end: ScalarLike | None = None
+    ) -> tuple[Scalar, Scalar]:
+        """(t_start, t_end), with the grid's own where the caller gives none; raise if it cannot have these."""
 
     @abc.abstractmethod
     def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
@@ -42,9 +44,7 @@ class AbstractGrid(eqx.Module):
         **Raises:** `ValueError` if the points are not strictly monotone: equal or NaN ends,
         parameters out of range, or more steps than float32 can tell apart.
         """
-        default_start, default_end = self.ends(path)
-        start = as_scalar(default_start if t_start is None else t_start)
-        end = as_scalar(default_end if t_end is None else t_end)
+        start, end = self.ends(path, t_start, t_end)
         high, low = jnp.maximum(start, end), jnp.minimum(start, end)
         inner = self.inner(path, high, low, self.steps)
         points = jnp.concatenate([high[None], inner, low[None]])
@@ -61,9 +61,16 @@ class AbstractGrid(eqx.Module):
 class AbstractPathGrid(AbstractGrid):
     """A grid from the path's noise to its data, unless the caller gives other ends."""
 
-    def ends(self, path: AbstractPath) -> tuple[ScalarLike, ScalarLike]:
-        """(t_noise, t_data) of the path."""
-        return path.t_noise, path.t_data
+    def ends(
+        self, path: AbstractPath, t_start: ScalarLike | None = None, t_end: ScalarLike | None = None
+    ) -> tuple[Scalar, Scalar]:
+        """t_noise and t_data of the path."""
+        return own_or_asked(path.t_noise, t_start), own_or_asked(path.t_data, t_end)
+
+
+def own_or_asked(own: ScalarLike, asked: ScalarLike | None) -> Scalar:
+    """The end that was asked for, or the grid's own."""
+    return as_scalar(own if asked is None else asked)
 
 
 def as_steps(steps: int | np.integer) -> int:

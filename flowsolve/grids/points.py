@@ -24,7 +24,7 @@ from .._checks import check
 from .._numerics import as_scalar
 from .._types import Scalar, ScalarLike
 from ..paths import AbstractPath, Discrete
-from .base import AbstractGrid, as_steps
+from .base import AbstractGrid, as_steps, own_or_asked
 
 __all__ = ["AbstractTimesteps", "Given", "Leading", "Linspace", "Quadratic", "Trailing"]
 
@@ -63,9 +63,12 @@ class Given(AbstractGrid):
         """One less than the points."""
         return len(self.ts) - 1
 
-    def ends(self, path: AbstractPath) -> tuple[ScalarLike, ScalarLike]:
-        del path
-        return self.ts[0], self.ts[-1]
+    def ends(
+        self, path: AbstractPath, t_start: ScalarLike | None = None, t_end: ScalarLike | None = None
+    ) -> tuple[Scalar, Scalar]:
+        """The first and the last of the times."""
+        start, end = own_or_asked(self.ts[0], t_start), own_or_asked(self.ts[-1], t_end)
+        return self._checked(start, path, jnp.maximum(start, end), jnp.minimum(start, end)), end
 
     def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
         if steps != self.steps:
@@ -73,23 +76,28 @@ class Given(AbstractGrid):
                 f"Given has {self.steps} steps and cannot take {steps}: put the clean time into ts "
                 "instead of wrapping it in ThenClean."
             )
-        points = jnp.where(self.ts[0] > self.ts[-1], self.ts, self.ts[::-1])
+        return self._checked(self._descending(), path, t_start, t_end)[1:-1]
+
+    def _descending(self) -> Float[Array, " points"]:
+        return jnp.where(self.ts[0] > self.ts[-1], self.ts, self.ts[::-1])
+
+    def _checked(self, value: Array, path: AbstractPath, high: Scalar, low: Scalar) -> Array:
+        """`value`; raise unless the times lie on the path and their ends are those asked for."""
+        points = self._descending()
         t_data, t_noise = as_scalar(path.t_data), as_scalar(path.t_noise)
         clean = path.coefficients(points[-1])[1] == 0
-        outside = (points[0] > t_noise) | (points[-2] < t_data) | ((points[-1] < t_data) & ~clean)
-        points = check(
-            points,
-            outside,
+        value = check(
+            value,
+            (points[0] > t_noise) | (points[-2] < t_data) | ((points[-1] < t_data) & ~clean),
             f"Given has times outside {type(path).__name__}'s ends t_data and t_noise: keep them "
             "inside; only the lowest may lie below, at sigma = 0.",
         )
-        points = check(
-            points,
-            (points[0] != t_start) | (points[-1] != t_end),
+        return check(
+            value,
+            (points[0] != high) | (points[-1] != low),
             "Given was asked for other ends than its own: leave t_start and t_end out, or give the "
             "first and last of its times.",
         )
-        return points[1:-1]
 
 
 class AbstractTimesteps(AbstractGrid):
@@ -110,31 +118,37 @@ class AbstractTimesteps(AbstractGrid):
         """The integer timesteps k at which the network is evaluated on `path`, descending."""
         return self.table(self._total(path))
 
-    def ends(self, path: AbstractPath) -> tuple[ScalarLike, ScalarLike]:
-        """(the time of the largest timestep, 0)."""
-        return self._times(path)[0], 0.0
+    def ends(
+        self, path: AbstractPath, t_start: ScalarLike | None = None, t_end: ScalarLike | None = None
+    ) -> tuple[Scalar, Scalar]:
+        """The time of the largest timestep, and 0."""
+        start, end = own_or_asked(self._times(path)[0], t_start), own_or_asked(0.0, t_end)
+        return self._checked(start, path, jnp.maximum(start, end), jnp.minimum(start, end)), end
 
     def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
-        name = type(self).__name__
         if steps != self.steps:
             raise ValueError(
-                f"{name} has {self.steps} steps and cannot take {steps}: its last step goes onto the clean data "
-                "already, so leave ThenClean out."
+                f"{type(self).__name__} has {self.steps} steps and cannot take {steps}: its last step goes onto the "
+                "clean data already, so leave ThenClean out."
             )
+        return self._checked(self._times(path), path, t_start, t_end)[1:]
+
+    def _checked(self, value: Array, path: AbstractPath, high: Scalar, low: Scalar) -> Array:
+        """`value`; raise unless the timesteps lie on the path and the ends asked for are the grid's."""
+        name = type(self).__name__
         times = self._times(path)
-        times = check(
-            times,
+        value = check(
+            value,
             (times[0] > as_scalar(path.t_noise)) | (times[-1] < as_scalar(path.t_data)),
             f"{name} has timesteps outside the path's ends t_data and t_noise: leave Discrete's own, 1/T and 1, or "
             "take a grid in time, e.g. Uniform.",
         )
-        times = check(
-            times,
-            (t_start != times[0]) | (t_end != 0),
+        return check(
+            value,
+            (high != times[0]) | (low != 0),
             f"{name} was asked for other ends than its own, the time of timestep {self.timesteps(path)[0]} and t = 0: "
             "leave t_start and t_end out, or give these two.",
         )
-        return times[1:]
 
     def _total(self, path: AbstractPath) -> int:
         name = type(self).__name__

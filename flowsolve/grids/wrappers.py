@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._checks import check_type
 from .._numerics import as_scalar
 from .._types import Scalar, ScalarLike
 from ..paths import AbstractPath
 from ..times import shift_on_path
-from .base import AbstractGrid, check_positive
+from .base import AbstractGrid, check_positive, own_or_asked
 
 __all__ = ["Shifted", "ThenClean"]
 
@@ -30,6 +31,7 @@ class Shifted(AbstractGrid):
     shift: Scalar = eqx.field(converter=as_scalar)
 
     def __check_init__(self):
+        check_type(self.grid, AbstractGrid, "Shifted's grid", "an instance such as grids.Uniform(8)")
         check_positive(self, "shift")
 
     @property
@@ -37,8 +39,11 @@ class Shifted(AbstractGrid):
         """The steps of the grid inside."""
         return self.grid.steps
 
-    def ends(self, path: AbstractPath) -> tuple[ScalarLike, ScalarLike]:
-        return self.grid.ends(path)
+    def ends(
+        self, path: AbstractPath, t_start: ScalarLike | None = None, t_end: ScalarLike | None = None
+    ) -> tuple[Scalar, Scalar]:
+        """Those of the grid inside."""
+        return self.grid.ends(path, t_start, t_end)
 
     def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
         unshift = 1 / self.shift
@@ -62,13 +67,19 @@ class ThenClean(AbstractGrid):
     grid: AbstractGrid
     t_clean: Scalar = eqx.field(default=0.0, converter=as_scalar)
 
+    def __check_init__(self):
+        check_type(self.grid, AbstractGrid, "ThenClean's grid", "an instance such as grids.Karras(8)")
+
     @property
     def steps(self) -> int:
         """The steps in total, as many as those of the grid inside."""
         return self.grid.steps
 
-    def ends(self, path: AbstractPath) -> tuple[ScalarLike, ScalarLike]:
-        return self.grid.ends(path)[0], self.t_clean
+    def ends(
+        self, path: AbstractPath, t_start: ScalarLike | None = None, t_end: ScalarLike | None = None
+    ) -> tuple[Scalar, Scalar]:
+        """The start of the grid inside, and `t_clean`."""
+        return self.grid.ends(path, t_start)[0], own_or_asked(self.t_clean, t_end)
 
     def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
         del t_end

@@ -21,7 +21,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check_count
+from .._checks import check_count, check_type
 from ..predictions import AbstractPrediction, Data, Noise
 from .multistep import AbstractODEMultistep
 from .nodes import (
@@ -50,7 +50,8 @@ class AdamsBashforth(AbstractODEMultistep):
 
     **Raises:** `ValueError` for an order or a prediction outside these.
 
-    One network evaluation a step. Dense output has the order of the steps.
+    The order is that from a full history; after an Euler step of ordinary length it is 2 at most. One network
+    evaluation a step. Dense output has the order of the steps.
     """
 
     max_order: int = eqx.field(static=True)
@@ -64,6 +65,7 @@ class AdamsBashforth(AbstractODEMultistep):
         self.max_order = check_count(order, "AdamsBashforth got order", most=4)
         self.extrapolated = check_extrapolated(Data() if prediction is None else prediction, "AdamsBashforth")
         self.variable = Time() if variable is None else variable
+        check_type(self.variable, AbstractVariable, "AdamsBashforth's variable", "an instance such as LogSNR()")
 
     def predictor(self, step: Step) -> Float[Array, " history"]:
         """w_j, the integrals of the Lagrange polynomials."""
@@ -76,8 +78,9 @@ class DEIS(AbstractODEMultistep):
     **Arguments:** `order`: 1 to 4, the number of evaluations in a step; the paper's tAB-r, of a polynomial of degree
     r, is order r + 1, and tAB3 the default.
 
-    One network evaluation a step. Dense output has the order of the steps. Source: Zhang & Chen (2022), arXiv
-    2204.13902; the integrals by Gauss-Legendre quadrature instead of a Riemann sum, on any path at equal log-SNR.
+    The order is that from a full history; after an Euler step of ordinary length it is 2 at most. One network
+    evaluation a step. Dense output has the order of the steps. Source: Zhang & Chen (2022), arXiv 2204.13902; the
+    integrals by Gauss-Legendre quadrature instead of a Riemann sum, on any path at equal log-SNR.
     """
 
     max_order: int = eqx.field(static=True)
@@ -97,7 +100,8 @@ class LMS(AbstractODEMultistep):
 
     **Arguments:** `order`: 1 to 4, the number of evaluations in a step.
 
-    One network evaluation a step. Dense output has the order of the steps. Source: Adams-Bashforth for EDM's equation
+    The order is that from a full history; after an Euler step of ordinary length it is 2 at most. One network
+    evaluation a step. Dense output has the order of the steps. Source: Adams-Bashforth for EDM's equation
     dx/dsigma = E; Karras et al. (2022), arXiv 2206.00364.
     """
 

@@ -22,7 +22,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._checks import is_concrete
+from .._checks import check_type, is_concrete
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, FlowField, ReverseSDE, network_output, unwrap
@@ -100,6 +100,9 @@ class Ancestral(AbstractMemorylessSolver, AbstractStochasticSolver[None]):
     variance: AbstractVariance = PosteriorVariance()
     evaluations_per_step: ClassVar[int] = 1
     interpolation_cls: ClassVar[type] = StepInterpolation
+
+    def __check_init__(self):
+        check_type(self.variance, AbstractVariance, "Ancestral's variance", "an instance such as LargeVariance()")
 
     @property
     def default_dynamics(self) -> AbstractDynamics:

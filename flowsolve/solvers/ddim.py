@@ -85,7 +85,7 @@ class DDIM(AbstractMultistep, AbstractStochasticSolver[MultistepState]):
 def _check_level(eta: Scalar) -> Scalar:
     return check(
         eta,
-        (eta < 0) | (eta > 1),
+        ~((eta >= 0) & (eta <= 1)),
         "DDIM got a noise level eta outside [0, 1], where its step has no real coefficients: take eta <= 1, or "
         "dynamics=ReverseSDE(eta) with a solver for any eta such as SDEDPMSolverPP().",
     )

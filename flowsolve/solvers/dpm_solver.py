@@ -34,7 +34,8 @@ class DPMSolverPP(AbstractODEMultistep):
     **Arguments:** `order`: 1, 2 or 3; `as_published`: whether order 3 is the formula of the paper, which converges
     at order 2 but is often as good at 5 to 20 steps, or the one of order 3.
 
-    One network evaluation a step. Dense output has the order of the steps. Source: Lu et al. (2022), arXiv 2211.01095.
+    The order is that from a full history; after an Euler step of ordinary length it is 2 at most. One network
+    evaluation a step. Dense output has the order of the steps. Source: Lu et al. (2022), arXiv 2211.01095.
     """
 
     max_order: int = eqx.field(static=True)
@@ -44,6 +45,10 @@ class DPMSolverPP(AbstractODEMultistep):
 
     def __init__(self, order: int = 2, *, as_published: bool = False):
         self.max_order = check_count(order, "DPMSolverPP got order", most=3)
+        if as_published and order != 3:
+            raise ValueError(
+                f"DPMSolverPP got as_published for order {order}, but it is a choice of order 3: leave it out."
+            )
         self.as_published = as_published
 
     def predictor(self, step: Step) -> Float[Array, " history"]:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._checks import check_type
 from .._numerics import integral, phi
 from .._types import Scalar, ScalarLike
 from ..dynamics import AbstractDynamics
@@ -170,6 +171,13 @@ class VPTime(AbstractVariable):
     beta_min: float = 0.1
     beta_max: float = 20.0
 
+    def __check_init__(self):
+        if not 0 < self.beta_min <= self.beta_max:
+            raise ValueError(
+                f"VPTime got beta_min = {self.beta_min} and beta_max = {self.beta_max}, but wants "
+                "0 < beta_min <= beta_max."
+            )
+
     def at(self, path: AbstractPath, t: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
         ratio, finite = _noise_ratio(path, t)
         return self._time(jnp.log1p(ratio**2)), finite
@@ -194,6 +202,7 @@ def mixture_of(prediction: AbstractPrediction, t: Scalar) -> Triple:
 
 def check_extrapolated(prediction: AbstractPrediction, solver_name: str) -> AbstractPrediction:
     """`prediction`; raise unless `prediction` is one that the steps of this module extrapolate."""
+    check_type(prediction, AbstractPrediction, f"{solver_name}'s prediction", "an instance such as predictions.Data()")
     if not isinstance(prediction, Data | Noise | Velocity):
         raise ValueError(
             f"{solver_name} got prediction = {type(prediction).__name__}, but extrapolates one of Data(), Noise() and "

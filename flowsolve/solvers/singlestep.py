@@ -165,7 +165,8 @@ class DPMSolverPPSinglestep(
     """DPM-Solver++ singlestep: 2S and 3S, with an error estimate for adaptive steps.
 
     **Arguments:** `order`: 2 or 3, also the number of network evaluations a step; `r`: of order 2, the place of its
-    stage, 1/2 by default.
+    stage, up to 1/2, the default: beyond, after a long step, the stage would agree with any prediction and the error
+    estimate vanish.
 
     The estimate of 2S is its difference from DDIM, that of 3S its difference from 2S with r = 1/3: the pair of
     DPM-adaptive. Dense output has order 2. Source: Lu et al. (2022), arXiv 2211.01095, and arXiv 2206.00927.
@@ -176,13 +177,17 @@ class DPMSolverPPSinglestep(
     extrapolated: ClassVar[Data] = Data()
     variable: ClassVar[LogSNR] = LogSNR()
 
-    def __init__(self, order: int = 2, *, r: ScalarLike = 0.5):
+    def __init__(self, order: int = 2, *, r: ScalarLike | None = None):
         if order not in (2, 3):
             raise ValueError(
                 f"DPMSolverPPSinglestep got order = {order!r}, but wants 2 or 3: order 1 is solvers.DDIM()."
             )
         self.max_order = check_count(order, "DPMSolverPPSinglestep got order", most=3)
-        self.r = _check_place(r, "DPMSolverPPSinglestep")
+        if order == 3 and r is not None:
+            raise ValueError(
+                f"DPMSolverPPSinglestep got r = {r} for order 3, whose stages lie at 1/3 and 2/3: leave it out."
+            )
+        self.r = _check_place(0.5 if r is None else r, 0.5, "DPMSolverPPSinglestep")
 
     @property
     def evaluations_per_step(self) -> int:
@@ -219,7 +224,7 @@ class SEEDS2(AbstractSinglestep, AbstractStochasticSolver[None]):
     The noise level is that of the dynamics, `ReverseSDE(1.0)` if none is given. Without noise it is
     `DPMSolverPPSinglestep(2)`.
 
-    **Arguments:** `r`: the place of the stage, 1/2 by default.
+    **Arguments:** `r`: the place of the stage, up to 1, 1/2 by default.
 
     Two network evaluations a step. Dense output is linear where noise is drawn. Source: Gonzalez et al. (2023),
     arXiv 2305.14267, in the data form and with any noise level.
@@ -231,7 +236,7 @@ class SEEDS2(AbstractSinglestep, AbstractStochasticSolver[None]):
     evaluations_per_step: ClassVar[int] = 2
 
     def __init__(self, r: ScalarLike = 0.5):
-        self.r = _check_place(r, "SEEDS2")
+        self.r = _check_place(r, 1.0, "SEEDS2")
 
     @property
     def default_dynamics(self) -> AbstractDynamics:
@@ -296,6 +301,8 @@ class EDMHeun(AbstractSinglestep, AbstractProbabilityFlowSolver[None], diffrax.A
         return (jnp.where(_onto_clean(step), 0, half),), (estimate,)
 
 
-def _check_place(r: ScalarLike, name: str) -> Scalar:
+def _check_place(r: ScalarLike, most: float, name: str) -> Scalar:
     place = as_scalar(r)
-    return check(place, (place <= 0) | (place >= 1), f"{name} got r = {r}, but wants a place strictly between 0 and 1.")
+    return check(
+        place, ~((place > 0) & (place <= most)), f"{name} got r = {r}, but wants a place above 0, up to {most}."
+    )

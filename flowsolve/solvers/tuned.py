@@ -15,10 +15,9 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._checks import is_concrete
+from .._checks import check
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, ScalarLike, State
 from ..dynamics import unwrap
@@ -43,8 +42,8 @@ class TunedMultistep(AbstractProbabilityFlowSolver[TunedState], AbstractGridAwar
     **Arguments:** `ts`: the grid's n + 1 times; `asked`: the n times at which the network is asked; `carry` c,
     `scale` m: n numbers each; `weights` w: an (n, history) array, the newest evaluation first.
 
-    It steps through that grid alone, on the path it was tuned on. One network evaluation a step. Dense output is
-    linear. Save it with `eqx.tree_serialise_leaves`.
+    It steps through that grid alone, which `solve` and `sample` check, on the path it was tuned on. One network
+    evaluation a step. Dense output is linear. Save it with `eqx.tree_serialise_leaves`.
     """
 
     ts: Float[Array, " points"]
@@ -65,15 +64,15 @@ class TunedMultistep(AbstractProbabilityFlowSolver[TunedState], AbstractGridAwar
             )
 
     def for_times(self, times: Float[Array, " points"]) -> "TunedMultistep":
-        """This solver; raise, where the times are known, unless they are those of the solver's own grid."""
-        if not is_concrete((times, self.ts)):
-            return self
-        if times.shape != self.ts.shape or not np.allclose(times, self.ts, rtol=1e-5, atol=0):
-            raise ValueError(
-                f"TunedMultistep was tuned for its own grid of {len(self.ts) - 1} steps, but was given other times: "
-                "pass grid=grids.Given(solver.ts), the grid that tuning returned with it."
-            )
-        return self
+        """This solver; raise unless the times are those of its own grid."""
+        message = (
+            f"TunedMultistep was tuned for its own grid of {len(self.ts) - 1} steps, but was given other times: "
+            "pass grid=grids.Given(solver.ts), the grid that tuning returned with it."
+        )
+        if times.shape != self.ts.shape:
+            raise ValueError(message)
+        ts = check(self.ts, ~jnp.isclose(times, self.ts, rtol=1e-5, atol=0), message)
+        return eqx.tree_at(lambda s: s.ts, self, ts)
 
     def order(self, terms: diffrax.AbstractTerm) -> None:
         """None: it is as accurate as it was tuned."""

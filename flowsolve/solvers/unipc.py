@@ -36,10 +36,10 @@ __all__ = ["AdaptiveUniPC", "UniPC"]
 class UniPC(AbstractODEMultistep, AbstractGridAwareSolver[MultistepState]):
     """UniPC with one evaluation a step: the evaluation that opens a step corrects the step before.
 
-    **Arguments:** `order`: p from 1 to 3; `corrector`: whether steps are corrected, which raises the order from p to
-    p + 1 (the last step is not corrected, as that would take one evaluation more); `bh`: 1 or 2, the paper's B_1(h)
-    = h or B_2(h) = e^h - 1; `lower_order_final`: whether the last step is of order 1, the one before of order 2, and
-    so on, as published: better at few steps, of order 2 in all.
+    **Arguments:** `order`: p from 1 to 3; `corrector`: whether steps are corrected, which raises the order, from a full
+    history, from p to p + 1 (the last step is not corrected, as that would take one evaluation more); `bh`: 1 or 2, the
+    paper's B_1(h) = h or B_2(h) = e^h - 1; `lower_order_final`: whether the last step is of order 1, the one before of
+    order 2, and so on, as published: better at few steps, of order 2 in all.
 
     Where the grid ends is known inside `solve` and `sample`; in a plain `diffeqsolve` tell it by `for_times`, or no
     order is lowered. Onto sigma = 0 the step is the denoised prediction. For adaptive steps see `AdaptiveUniPC`. Dense
