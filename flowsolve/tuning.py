@@ -129,12 +129,12 @@ def tune(
     updates, batch_size = check_count(updates, "tune got updates"), check_count(batch_size, "tune got batch_size")
     history = check_count(history, "tune got history", least=0)
     check_batch(args, num)
-    if not is_concrete((flow, key, args)):
+    rate, weight = as_scalar(learning_rate), as_scalar(rms_weight)
+    if not is_concrete((flow, key, args, rate, weight)):
         raise ValueError(
             "tune was called inside a JAX transformation, but runs its own compiled loop and shows how far it is: call "
             "it outside, and use the solver and grid that it returns inside."
         )
-    rate, weight = as_scalar(learning_rate), as_scalar(rms_weight)
     check(None, ~(rate > 0), f"tune got learning_rate = {learning_rate}, but wants it positive.")
     check(None, ~(weight >= 0), f"tune got rms_weight = {rms_weight}, but wants it >= 0.")
     tqdm = import_tqdm("tune") if progress else None

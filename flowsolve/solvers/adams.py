@@ -51,7 +51,8 @@ class AdamsBashforth(AbstractODEMultistep):
     **Raises:** `ValueError` for an order or a prediction outside these.
 
     The order is that from a full history; after an Euler step of ordinary length it is 2 at most. One network
-    evaluation a step. Dense output has the order of the steps.
+    evaluation a step. Dense output has the order of the steps. Source: exponential Adams methods, Hochbruck & Ostermann
+    (2010), Acta Numerica 19; the quantities and variables are those of the solvers below.
     """
 
     max_order: int = eqx.field(static=True)

@@ -45,7 +45,10 @@ class AbstractVariance(eqx.Module):
 
 
 class PosteriorVariance(AbstractVariance):
-    """The variance of x_s given x_t and x_0: right for data that are one point. DDPM's beta-tilde."""
+    """The variance of x_s given x_t and x_0: right for data that are one point. DDPM's beta-tilde.
+
+    Source: Ho, Jain & Abbeel (2020), arXiv 2006.11239.
+    """
 
     def output_and_interpolation(
         self, field: FlowField, t: Scalar, x: State, args: Args
@@ -55,7 +58,10 @@ class PosteriorVariance(AbstractVariance):
 
 
 class LargeVariance(AbstractVariance):
-    """The variance of x_t given x_s: right for data that are standard normal. DDPM's beta; for many small steps."""
+    """The variance of x_t given x_s: right for data that are standard normal. DDPM's beta; for many small steps.
+
+    Source: Ho, Jain & Abbeel (2020), arXiv 2006.11239.
+    """
 
     def output_and_interpolation(
         self, field: FlowField, t: Scalar, x: State, args: Args

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 from mixtures import DIM, oracle, start_noise
 from tqdm import tqdm
-from work_precision_page import write_page
+from work_precision_page import Figures, write_page
 
 import flowsolve as fs
 from flowsolve.solvers import LogSNR, Time, VPTime
@@ -271,10 +271,6 @@ def tuned_pairs(evaluations: Iterable[int], chosen: Iterable[str], tuning: Tunin
     """One more row, another pair for each problem and NFE."""
     for nfe in evaluations if TUNED in chosen else ():
         yield Pair(TUNED, "tuned", nfe, lambda problem, nfe=nfe: tune(problem, nfe, tuning))
-
-
-#: {"solver | grid": {NFE: one list of figures for each problem}}
-Figures = dict[str, dict[str, list[list[float]]]]
 
 
 def measure_table(problems: list[Problem], pairs: Iterable[Pair], name: str) -> Figures:

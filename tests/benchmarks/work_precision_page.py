@@ -57,7 +57,7 @@ tolerance 1e-7. `Tuned` is learnt from {noises} noises in {updates} updates, as 
 """
 
 TUNED = """\
-### Tuned, mixture by mixture
+### Tuned on `{path}`, mixture by mixture
 
 What was learnt against the whole table on the same mixture: its RMS over the smallest RMS of any untuned row, its
 median over the smallest median of any, and the seconds that learning took (the first of an NFE compiles).
@@ -249,7 +249,7 @@ def write_page(figures: Path, out: Path) -> None:
     for path in paths:
         page += [f"## On `{path}`\n", *errors_of(path, parts[path]["errors"], out)]
         if "Tuned | tuned" in parts[path]["errors"]:
-            page += [TUNED.replace("### Tuned", f"### Tuned on `{path}`"), tuned_table(parts[path]["errors"])]
+            page += [TUNED.format(path=path), tuned_table(parts[path]["errors"])]
     if "stochastic" in parts:
         page.append(STOCHASTIC.format(**{k: number(parts["stochastic"][k]) for k in ("floor", "spread")}))
         for path, table in parts["stochastic"]["distances"].items():
