@@ -4,6 +4,7 @@ Data at small t, noise at large t; every function takes one example, batched by 
 """
 
 from . import (
+    batching,
     brownian,
     divergence,
     dynamics,
@@ -23,6 +24,7 @@ from . import (
     training,
     tuning,
 )
+from .batching import batched
 from .dynamics import ProbabilityFlow, ReverseSDE
 from .flow import AbstractFlow, Flow, OnPath, TimeReversed
 from .likelihood import bits_per_dim, log_prob, sample_and_log_prob
@@ -38,6 +40,8 @@ __all__ = [
     "ProbabilityFlow",
     "ReverseSDE",
     "TimeReversed",
+    "batched",
+    "batching",
     "bits_per_dim",
     "brownian",
     "convert",

@@ -21,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ._checks import check, check_count, check_key, check_state
+from ._checks import check, check_count, check_key, check_state, check_type
 from ._integrate import (
     Settings,
     check_network,
-    check_type,
     integrate,
     nan_on_failure,
     opaque,

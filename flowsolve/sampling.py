@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from ._checks import check_batch, check_count, check_key, check_state
@@ -29,6 +30,7 @@ from ._integrate import (
 )
 from ._numerics import as_state, normal_with, state_like
 from ._types import Args, Like, PRNGKey, ScalarLike, State
+from .batching import spread, spreading
 from .dynamics import AbstractDynamics
 from .flow import AbstractFlow
 from .grids import AbstractGrid
@@ -144,6 +146,8 @@ def sample(
     max_steps: int | None = 4096,
     progress_meter: diffrax.AbstractProgressMeter | None = None,
     throw: bool = True,
+    mesh: Mesh | None = None,
+    chunk: int | None = None,
 ) -> State:
     """Draw `num` samples of a flow, each independent of the others and of `num`.
 
@@ -156,7 +160,9 @@ def sample(
     - `solver`, `grid`, `controller`, `dynamics`, `t_start`, `t_end`, `adjoint`, `max_steps`, `progress_meter`, `throw`:
       as in `solve`;
     - `data_mean`, `data_std`: moments of the data's elements, for a start below `t_noise`: the start is then
-      N(alpha m, sigma^2 + alpha^2 s^2).
+      N(alpha m, sigma^2 + alpha^2 s^2);
+    - `mesh`, `chunk`: the devices over which the samples are spread and how many each takes at a time, see `batched`;
+      the samples are the same.
 
     **Returns:** the samples, like `like` with a leading axis of length `num`, of float32 (float64 under x64), which is
     what a state is solved in. With `throw=False` the examples whose solve failed are NaN.
@@ -173,19 +179,28 @@ def sample(
     moments = flow.path.start(settings.t_start, data_mean=data_mean, data_std=data_std)
     like = state_like(like)
     check_network(flow, like, jax.tree.map(lambda leaf: leaf[0] if eqx.is_array_like(leaf) else leaf, args))
-    sol = _sample(flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter)
+    over = spreading(mesh, chunk, flow)
+    sol = _sample(flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter, over)
     x = _last(sol, axis=1)
     return raise_on_failure(sol, x) if throw else nan_on_failure(sol, x)
 
 
 @eqx.filter_jit
-def _sample(flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter) -> diffrax.Solution:
-    def one(index: Int[Array, ""], args: Args) -> diffrax.Solution:
+def _sample(
+    flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter, over
+) -> diffrax.Solution:
+    def one(shared, row: tuple[Int[Array, ""], Args]) -> diffrax.Solution:
+        flow, settings, moments, key, rest = shared
+        index, args = row
         start_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
         x_start = normal_with(start_key, like, moments)
-        return _solve(flow, x_start, args, settings, noise_key, None, adjoint, max_steps, progress_meter)
+        return _solve(
+            flow, x_start, eqx.combine(args, rest), settings, noise_key, None, adjoint, max_steps, progress_meter
+        )
 
-    return eqx.filter_vmap(one, in_axes=(0, eqx.if_array(0)))(jnp.arange(num), args)
+    args, rest = eqx.partition(args, eqx.is_array_like)
+    rows = jnp.arange(num), jax.tree.map(jnp.asarray, args)
+    return spread(one, (flow, settings, moments, key, rest), rows, num, over)
 
 
 @eqx.filter_jit

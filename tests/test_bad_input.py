@@ -313,6 +313,15 @@ CASES = {
     ),
     "hutchinson_probes": (lambda: fs.divergence.Hutchinson(0), ValueError, "num_probes = 0"),
     "bin_width": (lambda: fs.bits_per_dim(jnp.ones(()), 2, bin_width=0.0), ValueError, "bin_width is 0.0"),
+    "batched_nothing": (lambda: fs.batched(3), TypeError, "batched got a int, but wants a function"),
+    "batched_chunk": (lambda: fs.batched(fs.log_prob, chunk=0), ValueError, "chunk = 0, but wants an integer"),
+    "batched_mesh": (lambda: sample(mesh="data"), TypeError, "mesh is a str"),
+    "batched_lengths": (
+        lambda: fs.batched(fs.log_prob)(FLOW, jnp.ones((4, 2)), jnp.ones(3)),
+        ValueError,
+        "wants one leading axis of the same length",
+    ),
+    "batched_no_rows": (lambda: fs.batched(fs.log_prob)(FLOW, None), ValueError, "got no arrays"),
     "foreign_terms": (
         lambda: diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: -y), fs.solvers.DDIM(), 0.0, 1.0, 0.1, jnp.ones(2)
