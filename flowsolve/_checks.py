@@ -1,9 +1,12 @@
 """Checks of a user's input: one sentence that says what was given, what was wanted, what to do.
 
 A concrete value is checked in Python and raises a plain `ValueError`; inside a transformation the same
-check becomes `eqx.error_if`, whose returned value must be used.
+check becomes `eqx.error_if`, whose returned value must be used. `checked` runs many of them at once.
 """
 
+import contextlib
+import threading
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -11,9 +14,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import get_opaque_trace_state, take_current_trace
 from jaxtyping import Array, Bool, PyTree
 
-from ._types import Like, PRNGKey
+from ._types import Like, PRNGKey, Scalar
 
 _T = TypeVar("_T")
 
@@ -23,13 +27,78 @@ def is_concrete(tree: object) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def check(value: _T, bad: bool | np.bool_ | Bool[Array, "..."], message: str) -> _T:
-    """Return `value`; raise `message` if any of `bad` holds (at run time where it is traced)."""
-    if not is_concrete(bad):
-        return eqx.error_if(value, bad, message)
-    if bool(np.any(np.asarray(bad))):
-        raise ValueError(message)
+def known(value: Any) -> Any:
+    """`value` as NumPy has it unless it is being traced: comparing it then compiles nothing."""
+    return np.asarray(value) if is_concrete(value) else value
+
+
+def check(value: _T, bad: bool | np.bool_ | Bool[np.ndarray | Array, "..."], message: str, *numbers: Scalar) -> _T:
+    """Return `value`; raise `message` if any of `bad` holds (at run time where it is traced).
+
+    With `numbers` the message is a format string for them.
+    """
+    if is_concrete(bad):
+        if bool(np.any(np.asarray(bad))):
+            raise ValueError(_filled(message, numbers))
+        return value
+    collected = getattr(_COLLECTING, "checks", None)
+    # What a transformation inside the function of `checked` traces cannot leave it as a value.
+    if collected is not None and collected.trace == get_opaque_trace_state(convention="flax"):
+        collected.checks.append((jnp.any(bad), message, numbers))
+        return value
+    return eqx.error_if(value, bad, _filled(message, numbers))
+
+
+def checked(function: Callable[..., _T], *arguments: Any) -> _T:
+    """function(*arguments) as one compiled program, after which its checks raise.
+
+    Where all arguments are known so is the answer, also while something else is traced: then a check raises in Python.
+    What is no array in arguments and answer is static, so that a changing number must be an array.
+    """
+    concrete = is_concrete(arguments)
+    with take_current_trace() if concrete else contextlib.nullcontext():
+        value, bad, numbers, messages = _collected(function, arguments)
+    if not messages:
+        return value
+    if not concrete:
+        texts = [_filled(message, row) for message, row in zip(messages, numbers, strict=True)]
+        return eqx.branched_error_if(value, jnp.any(bad), jnp.argmax(bad), texts)
+    failed = np.flatnonzero(np.asarray(bad))
+    if failed.size:
+        raise ValueError(_filled(messages[failed[0]], numbers[failed[0]]))
     return value
+
+
+class _Collected:
+    """The checks of one trace, in the order in which they come."""
+
+    def __init__(self):
+        self.trace = get_opaque_trace_state(convention="flax")
+        self.checks: list[tuple[Array, str, tuple[Scalar, ...]]] = []
+
+
+_COLLECTING = threading.local()
+
+
+@eqx.filter_jit
+def _collected(function: Callable[..., Any], arguments: Any) -> Any:
+    """(value, whether each check failed, the numbers of its message, its message)."""
+    before = getattr(_COLLECTING, "checks", None)
+    _COLLECTING.checks = collected = _Collected()
+    try:
+        value = function(*arguments)
+    finally:
+        _COLLECTING.checks = before
+    bad = [check[0] for check in collected.checks]
+    messages = tuple(check[1] for check in collected.checks)
+    return value, jnp.stack(bad) if bad else None, [check[2] for check in collected.checks], messages
+
+
+def _filled(message: str, numbers: tuple[Scalar, ...]) -> str:
+    if not numbers:
+        return message
+    shown = [f"{float(number):g}" if is_concrete(number) else "a traced value" for number in numbers]
+    return message.format(*shown)
 
 
 def check_count(count: Any, what: str, *, least: int = 1, most: int | None = None) -> int:

@@ -18,7 +18,12 @@ def as_scalar(value: ScalarLike) -> Scalar:
 
     **Raises:** `ValueError` for anything but one number.
     """
-    array = jnp.asarray(value)
+    if isinstance(value, float | int | np.number | np.ndarray):
+        # Through NumPy nothing is compiled; and what is known stays so while something else is traced.
+        with jax.ensure_compile_time_eval():
+            array = jnp.asarray(np.asarray(value, jax.dtypes.canonicalize_dtype(float)))
+    else:
+        array = jnp.asarray(value)
     if array.ndim != 0:
         raise ValueError(
             f"A number was wanted, but an array of shape {array.shape} was given: everything here takes one example "

@@ -21,6 +21,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
@@ -170,7 +171,7 @@ def spread(function: Callable[[Any, Any], PyTree], shared: PyTree, rows: PyTree,
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), out)
 
     if over.mesh is not None:
-        local, rows = _on_mesh(local, rows, over)
+        local, rows = _on_mesh(local, arrays, rows, over, shards)
     out = local(arrays, rows)
     if total != num:
         if over.mesh is not None and num % shards:
@@ -180,9 +181,12 @@ def spread(function: Callable[[Any, Any], PyTree], shared: PyTree, rows: PyTree,
     return eqx.combine(out, rest[0])
 
 
-def _on_mesh(local: Callable, rows: PyTree, over: Spreading) -> tuple[Callable, PyTree]:
+def _on_mesh(local: Callable, arrays: PyTree, rows: PyTree, over: Spreading, shards: int) -> tuple[Callable, PyTree]:
     assert over.mesh is not None
     examples = PartitionSpec(over.axes)
+    if over.alone:
+        part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(leaf) // shards, *leaf.shape[1:]), leaf.dtype), rows)
+        local = _traced(local, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arrays), part)
     rows = _resharded(rows, over.mesh, over.axes)
     if over.alone:
         local = jax.shard_map(
@@ -193,6 +197,22 @@ def _on_mesh(local: Callable, rows: PyTree, over: Spreading) -> tuple[Callable, 
         return jax.sharding.auto_axes(local, out_sharding=_explicit(over.mesh, over.axes)), rows
     sharding = NamedSharding(over.mesh, examples)
     return local, jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), rows)
+
+
+def _traced(function: Callable, *shapes: PyTree) -> Callable:
+    """The function of arrays of these shapes, traced outside of any mesh.
+
+    What Diffrax computes while it is traced (`jax.ensure_compile_time_eval`) fails inside a `jax.shard_map` on the mesh
+    of `jax.set_mesh`.
+    """
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*shapes)
+    structure = jax.tree.structure(out)
+
+    def again(*arguments: PyTree) -> PyTree:
+        return jax.tree.unflatten(structure, jaxpr_as_fun(jaxpr)(*jax.tree.leaves(arguments)))
+
+    return again
 
 
 def _explicit(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> NamedSharding:

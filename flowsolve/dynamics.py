@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import lineax
 
-from ._checks import check
+from ._checks import check, known
 from ._numerics import as_scalar, integral, is_zero, safe_power
 from ._types import Args, Scalar, ScalarLike, State
 from .brownian import NoiseSource
@@ -184,7 +184,9 @@ class ReverseSDE(AbstractDynamics):
         self.noiseless = eta is not None and is_zero(eta)
         if diffusion is None:
             level = as_scalar(1.0 if eta is None else eta)
-            self.eta = check(level, ~(level >= 0), f"ReverseSDE got eta = {eta}, but wants a noise level eta >= 0.")
+            self.eta = check(
+                level, ~(known(level) >= 0), f"ReverseSDE got eta = {eta}, but wants a noise level eta >= 0."
+            )
         else:
             self.eta = None
         self.interval = None

@@ -22,16 +22,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._checks import check, check_count, check_key, check_state, check_type
-from ._integrate import (
-    Settings,
-    check_network,
-    integrate,
-    nan_on_failure,
-    opaque,
-    raise_on_failure,
-    settle,
-)
+from ._integrate import check_network, integrate, nan_on_failure, raise_on_failure
 from ._numerics import as_scalar, as_state, normal_with, state_like, tree_dot, tree_size
+from ._settings import Settings, opaque, settle
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .divergence import AbstractDivergence, Exact
 from .dynamics import FlowField, ProbabilityFlow
@@ -79,14 +72,11 @@ def log_prob(
     check_state(x_data, "x_data")
     x_data = as_state(x_data)
     check_type(divergence, AbstractDivergence, "divergence", "an instance such as fs.divergence.Exact()")
-    settings = _settle(flow, solver, grid, controller, t_start, t_end, encode=True)
+    settings = _settle(flow, solver, grid, controller, t_start, t_end, data_mean, data_std, encode=True)
     if divergence.random:
         key = check_key(key, "this divergence")
-    check_network(flow, x_data, args)
-    x_noise, change, sol = _solve(flow, x_data, args, settings, divergence, key, adjoint, max_steps)
-    moments = flow.path.start(settings.t_end, data_mean=data_mean, data_std=data_std)
-    value = _log_prior(moments, x_noise) - change
-    return raise_on_failure(sol, value) if throw else nan_on_failure(sol, value)
+    (_, value), result = _solve(flow, x_data, args, settings, divergence, key, adjoint, max_steps, encode=True)
+    return raise_on_failure(result, value) if throw else value
 
 
 def sample_and_log_prob(
@@ -117,14 +107,10 @@ def sample_and_log_prob(
     check_state(like, "like")
     start_key, probe_key = jax.random.split(check_key(key, "sampling"))
     check_type(divergence, AbstractDivergence, "divergence", "an instance such as fs.divergence.Exact()")
-    settings = _settle(flow, solver, grid, controller, t_start, t_end, encode=False)
-    like = state_like(like)
-    check_network(flow, like, args)
-    moments = flow.path.start(settings.t_start, data_mean=data_mean, data_std=data_std)
-    x_noise = normal_with(start_key, like, moments)
-    x_data, change, sol = _solve(flow, x_noise, args, settings, divergence, probe_key, adjoint, max_steps)
-    result = (x_data, _log_prior(moments, x_noise) + change)
-    return raise_on_failure(sol, result) if throw else nan_on_failure(sol, result)
+    settings = _settle(flow, solver, grid, controller, t_start, t_end, data_mean, data_std, encode=False)
+    x_noise = normal_with(start_key, state_like(like), settings.prior)
+    value, result = _solve(flow, x_noise, args, settings, divergence, probe_key, adjoint, max_steps, encode=False)
+    return raise_on_failure(result, value) if throw else value
 
 
 def bits_per_dim(log_prob: Scalar, dim: int | np.integer, *, bin_width: ScalarLike = 1.0) -> Scalar:
@@ -176,7 +162,7 @@ def _without_log_density(
     return controller
 
 
-def _settle(flow, solver, grid, controller, t_start, t_end, *, encode) -> Settings:
+def _settle(flow, solver, grid, controller, t_start, t_end, data_mean, data_std, *, encode) -> Settings:
     if isinstance(solver, AbstractFlowSolver):
         raise ValueError(
             f"{type(solver).__name__} steps through a flow and cannot carry its log-density: use a Diffrax solver of "
@@ -194,6 +180,8 @@ def _settle(flow, solver, grid, controller, t_start, t_end, *, encode) -> Settin
         dynamics=ProbabilityFlow(),
         t_start=t_start,
         t_end=t_end,
+        data_mean=data_mean,
+        data_std=data_std,
         encode=encode,
     )
 
@@ -208,14 +196,19 @@ def _solve(
     key: PRNGKey | None,
     adjoint: diffrax.AbstractAdjoint | None,
     max_steps: int | None,
-) -> tuple[State, Scalar, diffrax.Solution]:
-    """(the final state, the change of ln p along the solve, the solution)."""
+    *,
+    encode: bool,
+) -> tuple[tuple[State, Scalar], diffrax.RESULTS]:
+    """The final state and ln p of the data's end, both NaN if the solve failed."""
+    check_network(flow, x_start, args)
     settings = opaque(settings)
     field = _AugmentedField(FlowField(flow, settings.dynamics), divergence, divergence.probes(x_start, key))
     state = (x_start, jnp.zeros_like(settings.t_start))
     sol = integrate(diffrax.ODETerm(field), settings, state, args, adjoint=adjoint, max_steps=max_steps)
     x_end, change = jax.tree.map(lambda leaf: leaf[-1], sol.ys)
-    return x_end, change, sol
+    x_noise, from_noise = (x_end, -change) if encode else (x_start, change)
+    log_p = _log_prior(settings.prior, x_noise) + from_noise
+    return nan_on_failure(sol.result, (x_end, log_p)), sol.result
 
 
 def _log_prior(moments: tuple[Scalar, Scalar], x: State) -> Scalar:

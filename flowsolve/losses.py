@@ -18,6 +18,7 @@ path is computed there.
 """
 
 import abc
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -379,7 +380,7 @@ def _mean(
 
 
 def _check_positive(owner: eqx.Module, name: str, value: Scalar) -> None:
-    if is_concrete(value) and not (value > 0 and jnp.isfinite(value)):
+    if is_concrete(value) and not 0 < float(value) < math.inf:
         raise ValueError(f"{type(owner).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
 
 

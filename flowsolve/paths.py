@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from ._checks import check
+from ._checks import check, known
 from ._numerics import as_scalar, increasing_root, linear_combination
 from ._types import Scalar, ScalarLike, State
 
@@ -169,7 +169,7 @@ class AbstractPath(eqx.Module):
         """
         alpha, sigma = self.coefficients(as_scalar(self.t_noise if t is None else t))
         std = as_scalar(data_std)
-        std = check(std, std < 0, f"data_std is {data_std}, but wants a standard deviation, >= 0.")
+        std = check(std, known(std) < 0, "data_std is {}, but wants a standard deviation, >= 0.", std)
         return alpha * as_scalar(data_mean), jnp.sqrt(sigma**2 + (alpha * std) ** 2)
 
     def contains(self, t: ScalarLike) -> Bool[Array, ""]:

@@ -17,18 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from ._checks import check_batch, check_count, check_key, check_state
-from ._integrate import (
-    Settings,
-    check_network,
-    check_saveat,
-    integrate,
-    nan_on_failure,
-    noise_path,
-    opaque,
-    raise_on_failure,
-    settle,
-)
+from ._integrate import check_network, check_saveat, integrate, nan_on_failure, raise_on_failure
 from ._numerics import as_state, normal_with, state_like
+from ._settings import Settings, noise_path, opaque, settle
 from ._types import Args, Like, PRNGKey, ScalarLike, State
 from .batching import spread, spreading
 from .dynamics import AbstractDynamics
@@ -82,11 +73,10 @@ def solve(
     )
     if settings.dynamics.stochastic:
         key = check_key(key, f"solving a stochastic equation with {type(settings.solver).__name__}")
-    check_network(flow, x_start, args)
     if saveat is not None:
         check_saveat(saveat, settings)
     sol = _solve(flow, x_start, args, settings, key, saveat, adjoint, max_steps, progress_meter)
-    return raise_on_failure(sol, sol) if throw else sol
+    return raise_on_failure(sol.result, sol) if throw else sol
 
 
 def encode(
@@ -121,10 +111,8 @@ def encode(
         t_end=t_end,
         encode=True,
     )
-    check_network(flow, x_data, args)
-    sol = _solve(flow, x_data, args, settings, None, None, adjoint, max_steps, None)
-    x = _last(sol)
-    return raise_on_failure(sol, x) if throw else nan_on_failure(sol, x)
+    x, result = _final(flow, x_data, args, settings, None, adjoint, max_steps, None)
+    return raise_on_failure(result, x) if throw else x
 
 
 def sample(
@@ -174,33 +162,45 @@ def sample(
     num = check_count(num, "sampling got num")
     check_batch(args, num)
     settings = settle(
-        flow, solver=solver, grid=grid, controller=controller, dynamics=dynamics, t_start=t_start, t_end=t_end
+        flow,
+        solver=solver,
+        grid=grid,
+        controller=controller,
+        dynamics=dynamics,
+        t_start=t_start,
+        t_end=t_end,
+        data_mean=data_mean,
+        data_std=data_std,
     )
-    moments = flow.path.start(settings.t_start, data_mean=data_mean, data_std=data_std)
-    like = state_like(like)
-    check_network(flow, like, jax.tree.map(lambda leaf: leaf[0] if eqx.is_array_like(leaf) else leaf, args))
     over = spreading(mesh, chunk, flow)
-    sol = _sample(flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter, over)
-    x = _last(sol, axis=1)
-    return raise_on_failure(sol, x) if throw else nan_on_failure(sol, x)
+    x, result = _sample(flow, state_like(like), num, key, args, settings, adjoint, max_steps, progress_meter, over)
+    return raise_on_failure(result, x) if throw else x
 
 
 @eqx.filter_jit
 def _sample(
-    flow, like, num, key, args, settings, moments, adjoint, max_steps, progress_meter, over
-) -> diffrax.Solution:
-    def one(shared, row: tuple[Int[Array, ""], Args]) -> diffrax.Solution:
-        flow, settings, moments, key, rest = shared
+    flow, like, num, key, args, settings, adjoint, max_steps, progress_meter, over
+) -> tuple[State, diffrax.RESULTS]:
+    settings = opaque(settings)
+
+    def one(shared, row: tuple[Int[Array, ""], Args]) -> tuple[State, diffrax.RESULTS]:
+        flow, settings, key, rest = shared
         index, args = row
         start_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
-        x_start = normal_with(start_key, like, moments)
-        return _solve(
-            flow, x_start, eqx.combine(args, rest), settings, noise_key, None, adjoint, max_steps, progress_meter
-        )
+        x_start = normal_with(start_key, like, settings.prior)
+        args = eqx.combine(args, rest)
+        return _final(flow, x_start, args, settings, noise_key, adjoint, max_steps, progress_meter)
 
     args, rest = eqx.partition(args, eqx.is_array_like)
     rows = jnp.arange(num), jax.tree.map(jnp.asarray, args)
-    return spread(one, (flow, settings, moments, key, rest), rows, num, over)
+    return spread(one, (flow, settings, key, rest), rows, num, over)
+
+
+@eqx.filter_jit
+def _final(flow, x_start, args, settings, key, adjoint, max_steps, progress_meter) -> tuple[State, diffrax.RESULTS]:
+    """The last state of a solve, NaN if it failed."""
+    sol = _solve(flow, x_start, args, settings, key, None, adjoint, max_steps, progress_meter)
+    return nan_on_failure(sol.result, jax.tree.map(lambda leaf: leaf[-1], sol.ys)), sol.result
 
 
 @eqx.filter_jit
@@ -215,6 +215,7 @@ def _solve(
     max_steps: int | None,
     progress_meter: diffrax.AbstractProgressMeter | None,
 ) -> diffrax.Solution:
+    check_network(flow, x_start, args)
     settings = opaque(settings)
     brownian = None
     if settings.dynamics.stochastic:
@@ -230,8 +231,3 @@ def _solve(
         max_steps=max_steps,
         progress_meter=progress_meter,
     )
-
-
-def _last(sol: diffrax.Solution, axis: int = 0) -> State:
-    """The one saved state of a solution, behind `axis` batch axes."""
-    return jax.tree.map(lambda leaf: jnp.take(leaf, -1, axis=axis), sol.ys)

@@ -143,7 +143,7 @@ def _optional_scalar(value: ScalarLike | None) -> Scalar | None:
 
 def _check_positive(owner: eqx.Module, name: str, value: Scalar) -> None:
     # A traced value is taken as it is: there is no result here that a run-time check could guard.
-    if is_concrete(value) and not (value > 0 and jnp.isfinite(value)):
+    if is_concrete(value) and not 0 < float(value) < math.inf:
         raise ValueError(f"{type(owner).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
 
 

@@ -28,9 +28,10 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from ._checks import check, check_batch, check_count, check_key, check_state, check_type, is_concrete
-from ._integrate import check_network, settle
+from ._integrate import check_network
 from ._numerics import as_scalar, normal_with, state_like, tree_size
 from ._progress import import_tqdm
+from ._settings import settle
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .dynamics import ProbabilityFlow
 from .flow import AbstractFlow

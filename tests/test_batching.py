@@ -76,11 +76,18 @@ def test_samples_are_bitwise_those_of_one_device(name, how, kind, alone):
     np.testing.assert_array_equal(x, alone[name])
 
 
+@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_the_mesh_of_set_mesh_is_used(kind, alone):
+def test_the_mesh_of_set_mesh_is_used(kind, jit, alone):
+    """Traced on that mesh first, without a program of an earlier call."""
     mesh = mesh_of((4,), kind)
+    jax.clear_caches()
+
+    def sample(flow, key):
+        return fs.sample(flow, LIKE, num=36, key=key, args=LABELS[:36], throw=False, **SETTINGS["adaptive"])
+
     with jax.set_mesh(mesh):
-        x = fs.sample(FLOW, LIKE, num=36, key=KEY, args=LABELS[:36], **SETTINGS["adaptive"])
+        x = (eqx.filter_jit(sample) if jit else sample)(FLOW, KEY)
     np.testing.assert_array_equal(x, alone["adaptive"][:36])
     assert x.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("a")), 2)
 

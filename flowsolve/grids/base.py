@@ -1,6 +1,7 @@
 """What a grid is: n + 1 strictly monotone times between two ends, which are exactly the times asked for."""
 
 import abc
+import math
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def check_positive(grid: AbstractGrid, *names: str) -> None:
     """Raise unless the fields of these names are positive and finite, where they are known."""
     for name in names:
         value = getattr(grid, name)
-        if is_concrete(value) and not (value > 0 and jnp.isfinite(value)):
+        if is_concrete(value) and not 0 < float(value) < math.inf:
             raise ValueError(f"{type(grid).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._checks import check
+from .._checks import check, known
 from .._numerics import as_scalar
 from .._types import Scalar, ScalarLike
 from ..paths import AbstractPath, Discrete
@@ -50,10 +50,11 @@ class Given(AbstractGrid):
                 f"Given got times of shape {list(points.shape)}, but wants a vector of two or more: "
                 "one more than steps."
             )
-        differences = points[1:] - points[:-1]
+        shown = known(points)
+        differences = shown[1:] - shown[:-1]
         self.ts = check(
             points,
-            ~(jnp.all(differences > 0) | jnp.all(differences < 0)),
+            ~((differences > 0).all() | (differences < 0).all()),
             "Given got times that are not strictly monotone (repeated, unsorted or NaN): sort them "
             "and leave repeats out.",
         )

@@ -6,5 +6,6 @@ Every network here has the signature of the library, `network(t, x, args, *, key
 
 from .embeddings import FourierEmbedding, LabelEmbedding, SinusoidalEmbedding
 from .mlp import ResidualMLP
+from .precision import Precision
 
-__all__ = ["FourierEmbedding", "LabelEmbedding", "ResidualMLP", "SinusoidalEmbedding"]
+__all__ = ["FourierEmbedding", "LabelEmbedding", "Precision", "ResidualMLP", "SinusoidalEmbedding"]

@@ -16,7 +16,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check
+from .._checks import check, known
 from .._numerics import as_scalar, is_zero, safe_sqrt
 from .._types import Scalar, ScalarLike
 from ..dynamics import AbstractDynamics, ProbabilityFlow, ReverseSDE
@@ -83,9 +83,10 @@ class DDIM(AbstractMultistep, AbstractStochasticSolver[MultistepState]):
 
 
 def _check_level(eta: Scalar) -> Scalar:
+    level = known(eta)
     return check(
         eta,
-        ~((eta >= 0) & (eta <= 1)),
+        ~((level >= 0) & (level <= 1)),
         "DDIM got a noise level eta outside [0, 1], where its step has no real coefficients: take eta <= 1, or "
         "dynamics=ReverseSDE(eta) with a solver for any eta such as SDEDPMSolverPP().",
     )

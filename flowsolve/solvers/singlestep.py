@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check, check_count
+from .._checks import check, check_count, known
 from .._numerics import as_scalar, linear_combination, safe_sqrt
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, ReverseSDE, unwrap
@@ -304,5 +304,7 @@ class EDMHeun(AbstractSinglestep, AbstractProbabilityFlowSolver[None], diffrax.A
 def _check_place(r: ScalarLike, most: float, name: str) -> Scalar:
     place = as_scalar(r)
     return check(
-        place, ~((place > 0) & (place <= most)), f"{name} got r = {r}, but wants a place above 0, up to {most}."
+        place,
+        ~((known(place) > 0) & (known(place) <= most)),
+        f"{name} got r = {r}, but wants a place above 0, up to {most}.",
     )

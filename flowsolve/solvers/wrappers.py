@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check, check_count, check_type, is_concrete
+from .._checks import check, check_count, check_type, known
 from .._numerics import as_scalar, linear_combination, safe_sqrt
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, AddedNoise, FlowField, ProbabilityFlow, unwrap
@@ -165,13 +165,15 @@ class Churn(AbstractNoiseRaiser):
         factor, low, high, scale = (as_scalar(value) for value in (gamma, s_min, s_max, s_noise))
         self.solver = solver
         self.gamma = check(
-            factor, ~(factor >= 0), f"Churn got gamma = {gamma}, but wants a factor 1 + gamma with gamma >= 0."
+            factor, ~(known(factor) >= 0), f"Churn got gamma = {gamma}, but wants a factor 1 + gamma with gamma >= 0."
         )
         self.s_min = low
         self.s_max = check(
-            high, ~(low < high), f"Churn got s_min = {s_min} and s_max = {s_max}, but wants s_min < s_max."
+            high,
+            ~(known(low) < known(high)),
+            f"Churn got s_min = {s_min} and s_max = {s_max}, but wants s_min < s_max.",
         )
-        self.s_noise = check(scale, ~(scale >= 0), f"Churn got s_noise = {s_noise}, but wants a deviation >= 0.")
+        self.s_noise = check(scale, ~(known(scale) >= 0), f"Churn got s_noise = {s_noise}, but wants a deviation >= 0.")
 
     @property
     def evaluations_per_step(self) -> int:
@@ -244,7 +246,9 @@ class Restart(AbstractNoiseRaiser, AbstractGridAwareSolver[Any]):
             raise ValueError(f"Restart got interval = {interval!r}, but wants (t_min, t_max).")
         low, high = as_scalar(interval[0]), as_scalar(interval[1])
         high = check(
-            high, ~(low < high), f"Restart got interval = {interval}, but wants (t_min, t_max), t_min < t_max."
+            high,
+            ~(known(low) < known(high)),
+            f"Restart got interval = {interval}, but wants (t_min, t_max), t_min < t_max.",
         )
         self.solver = solver
         self.interval = low, high
@@ -267,12 +271,17 @@ class Restart(AbstractNoiseRaiser, AbstractGridAwareSolver[Any]):
         """This solver; raise, where the times are known, unless a solve along them passes through the interval."""
         low, high = self.interval
         t_start, t_end = times[0], times[-1]
-        if is_concrete((t_start, t_end, low, high)) and not (t_end <= low and high <= t_start):
-            raise ValueError(
-                f"Restart got the interval from t = {float(low):g} to {float(high):g}, but the solve goes from t = "
-                f"{float(t_start):g} to {float(t_end):g}: take an interval inside."
-            )
-        return _with_inner_for(self, times)
+        high = check(
+            high,
+            (t_end > low) | (high > t_start),
+            "Restart got the interval from t = {} to {}, but the solve goes from t = {} to {}: take an interval "
+            "inside.",
+            low,
+            high,
+            t_start,
+            t_end,
+        )
+        return _with_inner_for(eqx.tree_at(lambda w: w.interval, self, (low, high)), times)
 
     def step(
         self,
@@ -348,7 +357,7 @@ class LangevinCorrector(AbstractWrapper, AbstractGridAwareSolver[Any]):
         self.steps = check_count(steps, "LangevinCorrector got steps")
         length = as_scalar(step_size)
         self.step_size = check(
-            length, ~(length > 0), f"LangevinCorrector got step_size = {step_size}, but wants it positive."
+            length, ~(known(length) > 0), f"LangevinCorrector got step_size = {step_size}, but wants it positive."
         )
 
     @property
