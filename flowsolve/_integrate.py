@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from ._checks import check_type, is_concrete
 from ._numerics import all_finite
 from ._settings import Settings
+from ._steps import fixed_steps
 from ._types import Args, Like, Scalar, State
 from .dynamics import network_output
 from .flow import AbstractFlow
@@ -47,6 +48,11 @@ def integrate(
             "BacksolveAdjoint solves backwards in time, which a grid of fixed steps cannot follow: pass controller=, "
             "or leave the adjoint out for diffrax.RecursiveCheckpointAdjoint()."
         )
+    asked_more = saveat is not None or adjoint is not None or progress_meter is not None
+    # An implicit solver takes its tolerances from the controller.
+    implicit = isinstance(settings.solver, diffrax.AbstractImplicitSolver)
+    if settings.ts is not None and not asked_more and not implicit:
+        return _last_of_grid(terms, settings, x_start, args)
     if settings.ts is None:
         assert settings.controller is not None
         controller, steps = settings.controller, max_steps
@@ -75,13 +81,6 @@ def integrate(
     )
     assert sol.ys is not None and sol.ts is not None
     ts, ys, final = (sol.ts[0], sol.ys[0], sol.ys[1]) if with_last else (sol.ts, sol.ys, sol.ys)
-    successful = diffrax.RESULTS.successful
-    # A fixed-step solve does not notice NaN by itself.
-    result = diffrax.RESULTS.where(
-        all_finite(final) | (sol.result != successful),
-        sol.result,
-        diffrax.RESULTS.nonfinite,  # pyright: ignore[reportArgumentType]
-    )
     interpolation = sol.interpolation
     if interpolation is not None:
         interpolation = eqx.tree_at(lambda i: i.direction, interpolation, -interpolation.direction)
@@ -94,10 +93,45 @@ def integrate(
             jax.tree.map(jnp.negative, ts),
             ys,
             interpolation,
-            result,
+            _noticed(sol.result, final),
             {**sol.stats, "nfe": evaluations(settings.solver, sol.stats["num_steps"])},
         ),
         is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _last_of_grid(terms: diffrax.AbstractTerm, settings: Settings, x_start: PyTree, args: Args) -> diffrax.Solution:
+    """The solution of fixed steps of which nothing but the last state is asked."""
+    assert settings.ts is not None
+    x, result = fixed_steps(terms, settings.solver, settings.ts, x_start, args)
+    steps = jnp.asarray(len(settings.ts) - 1)
+    return diffrax.Solution(
+        t0=settings.t_start,
+        t1=settings.t_end,
+        ts=settings.t_end[None],
+        ys=jax.tree.map(lambda leaf: leaf[None], x),
+        interpolation=None,
+        stats={
+            "num_steps": steps,
+            "num_accepted_steps": steps,
+            "num_rejected_steps": jnp.zeros_like(steps),
+            "max_steps": len(settings.ts) - 1,
+            "nfe": evaluations(settings.solver, steps),
+        },
+        result=_noticed(result, x),
+        solver_state=None,
+        controller_state=None,
+        made_jump=None,
+        event_mask=None,
+    )
+
+
+def _noticed(result: diffrax.RESULTS, final: PyTree) -> diffrax.RESULTS:
+    """The result with a last state that is not finite among the failures: fixed steps do not notice one themselves."""
+    return diffrax.RESULTS.where(
+        all_finite(final) | (result != diffrax.RESULTS.successful),
+        result,
+        diffrax.RESULTS.nonfinite,  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -127,7 +161,9 @@ def raise_on_failure(result: diffrax.RESULTS, value: _T) -> _T:
         texts = ["inside the solver or its controller", *(text for _, text in _CAUSES)]
         # Of a batch the largest index is shown.
         index = sum(jnp.where(result == cause, number, 0) for number, (cause, _) in enumerate(_CAUSES, 1))
-        return eqx.branched_error_if(value, bad, index, [f"The solve failed: {text}. {_SUGGESTION}" for text in texts])
+        messages = [f"The solve failed: {text}. {_SUGGESTION}" for text in texts]
+        # The results alone go through the check, which would gather the value itself from all devices.
+        return nan_on_failure(eqx.branched_error_if(result, bad, index, messages), value)
     codes = _on_this_host(jax.tree.leaves(result)[0])
     (success,) = jax.tree.leaves(diffrax.RESULTS.successful)
     failed = np.flatnonzero(codes != success)
@@ -144,10 +180,16 @@ def raise_on_failure(result: diffrax.RESULTS, value: _T) -> _T:
     raise RuntimeError(f"The solve failed{' for ' if codes.ndim else ': '}{'; '.join(texts)}. {_SUGGESTION}")
 
 
-def nan_on_failure(result: diffrax.RESULTS, value: PyTree) -> PyTree:
-    """`value` of one solve, NaN if it failed: no partial answer passes for a whole one."""
+def nan_on_failure(result: diffrax.RESULTS, value: _T) -> _T:
+    """`value`, NaN in the examples whose solve failed: no partial answer passes for a whole one."""
     failed = result != diffrax.RESULTS.successful
-    return jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), value)
+
+    def mask(leaf: PyTree) -> PyTree:
+        if not eqx.is_inexact_array(leaf):
+            return leaf
+        return jnp.where(failed.reshape(failed.shape + (1,) * (leaf.ndim - failed.ndim)), jnp.nan, leaf)
+
+    return jax.tree.map(mask, value)
 
 
 def _on_this_host(codes: Array) -> np.ndarray:

@@ -2,8 +2,11 @@ r"""A vmap that scales: the same examples, spread over the devices of a mesh and
 
 `num` examples go to the data axes of a mesh in equal, contiguous parts, each device takes its part in chunks of equal
 size, and a chunk is one `jax.vmap`. What does not divide is filled up with copies of the last example, which are cut
-off again. Devices do not speak to each other inside (`jax.shard_map`): every example is computed as on one device, on a
-CPU to the last bit where two or more go together. (One alone gets another matrix kernel.)
+off again. Devices do not speak to each other inside (`jax.shard_map`): every example is computed as on one device.
+
+To the last bit, where a backend rounds a row alike whatever their number. On a CPU XLA does so for products `x @ W`
+of two or more rows; one row alone, and a vmapped `W @ x`, which is how `eqx.nn.Linear` has it, may get another matrix
+kernel for another number of rows, and are then the same to rounding.
 
     log_p = fs.batched(fs.log_prob, mesh=mesh, chunk=256)(flow, x)
 
@@ -12,8 +15,9 @@ the compiler's partitioning, as in a plain `jax.jit`, with the examples over the
 other. Then devices do speak to each other, inside the loop of a solve as well.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -21,16 +25,19 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import take_current_trace
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Int, Key, PyTree
 
 from ._checks import check_count, check_key, check_type, describe
+from ._progress import ChunkBar, import_tqdm
 
 __all__ = ["batched"]
 
 
-def batched(function: Callable[..., PyTree], *, mesh: Mesh | None = None, chunk: int | None = None) -> "_Batched":
+def batched(
+    function: Callable[..., PyTree], *, mesh: Mesh | None = None, chunk: int | None = None, progress: bool = False
+) -> "_Batched":
     """`function`, of one example, as one of many.
 
         fast = fs.batched(eqx.Partial(fs.log_prob, divergence=fs.divergence.Hutchinson()), mesh=mesh, chunk=256)
@@ -43,18 +50,20 @@ def batched(function: Callable[..., PyTree], *, mesh: Mesh | None = None, chunk:
 
     **Arguments:** `function`: of one example, for instance `solve`, `encode`, `log_prob` or one's own; `mesh`: the
     devices, any `jax.sharding.Mesh`, or None for that of `jax.set_mesh` if there is one, else one device; `chunk`: how
-    many examples a device takes at a time, or None for all.
+    many examples a device takes at a time, or None for all; `progress`: whether to show a bar of the chunks done and
+    the samples a second, which needs tqdm, in a jit as well.
 
     **Returns:** a function of the same positional arguments, and `key`. Its value is that of `function` with a leading
-    axis on every array, sharded over the mesh.
+    axis on every array, sharded over the mesh. On a mesh a gradient through adaptive steps wants
+    `adjoint=diffrax.DirectAdjoint()` in `function`: Diffrax's default does not pass through a shard_map.
 
     **Raises:** `ValueError`, `TypeError` for a request that makes no sense, and for a call whose arrays do not have one
     leading axis.
     """
     if not callable(function):
         raise TypeError(f"batched got a {type(function).__name__}, but wants a function of one example.")
-    spreading(mesh, chunk, None)
-    return _Batched(function, mesh, chunk)
+    spreading(mesh, chunk, progress, None)
+    return _Batched(function, mesh, chunk, progress)
 
 
 class _Batched(eqx.Module):
@@ -63,6 +72,7 @@ class _Batched(eqx.Module):
     function: Callable[..., PyTree]
     mesh: Mesh | None = eqx.field(static=True)
     chunk: int | None = eqx.field(static=True)
+    progress: bool = eqx.field(static=True)
 
     def __call__(self, *arguments: PyTree, key: Key[Array, "*keys"] | None = None) -> PyTree:
         rows, shared = eqx.partition(arguments, _has_rows, is_leaf=_is_module)
@@ -70,7 +80,7 @@ class _Batched(eqx.Module):
         if key is not None and jnp.ndim(key) == 0:
             one_key, key = check_key(key, "the function"), None
         num = _count((rows, key))
-        over = spreading(self.mesh, self.chunk, (self.function, shared))
+        over = spreading(self.mesh, self.chunk, self.progress, (self.function, shared))
         return _compiled(self.function, rows, shared, one_key, key, num, over)
 
 
@@ -121,17 +131,19 @@ class Spreading(eqx.Module):
     #: Whether devices work by themselves; if not, what they share is sharded as well.
     alone: bool = eqx.field(static=True)
     chunk: int | None = eqx.field(static=True)
+    progress: bool = eqx.field(static=True)
 
 
-def spreading(mesh: Mesh | None, chunk: int | None, shared: PyTree) -> Spreading:
+def spreading(mesh: Mesh | None, chunk: int | None, progress: bool, shared: PyTree) -> Spreading:
     """For a mesh that was given, or that of `jax.set_mesh`; raise if it or the chunk is none."""
+    if progress:
+        import_tqdm("batched")
     if mesh is not None:
         check_type(mesh, Mesh, "mesh", "a jax.sharding.Mesh, such as that of jax.make_mesh")
     chunk = None if chunk is None else check_count(chunk, "batched got chunk")
-    abstract = jax.sharding.get_abstract_mesh()
-    found = mesh if mesh is not None else None if abstract.empty else abstract
+    found = _ambient() if mesh is None else mesh
     if found is None:
-        return Spreading(None, (), True, chunk)
+        return Spreading(None, (), True, chunk, progress)
     used: set[str] = set()
     for leaf in jax.tree.leaves(eqx.filter(shared, eqx.is_array)):
         sharding = getattr(jax.typeof(leaf) if isinstance(leaf, jax.core.Tracer) else leaf, "sharding", None)
@@ -139,7 +151,7 @@ def spreading(mesh: Mesh | None, chunk: int | None, shared: PyTree) -> Spreading
             for entry in sharding.spec:
                 used.update(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
     free = tuple(name for name in found.axis_names if name not in used)
-    return Spreading(found, free or tuple(found.axis_names), not used, chunk)
+    return Spreading(found, free or tuple(found.axis_names), not used, chunk, progress)
 
 
 def spread(function: Callable[[Any, Any], PyTree], shared: PyTree, rows: PyTree, num: int, over: Spreading) -> PyTree:
@@ -152,6 +164,7 @@ def spread(function: Callable[[Any, Any], PyTree], shared: PyTree, rows: PyTree,
     if total != num:
         rows = jax.tree.map(lambda leaf: leaf[jnp.minimum(jnp.arange(total), num - 1)], rows)
     arrays, static = eqx.partition(shared, eqx.is_array)
+    bar = ChunkBar(num, chunks * shards if over.alone else chunks) if over.progress else None
     rest = []
 
     def one(arrays: PyTree, row: PyTree) -> PyTree:
@@ -159,20 +172,29 @@ def spread(function: Callable[[Any, Any], PyTree], shared: PyTree, rows: PyTree,
         rest.append(other)
         return out
 
+    def together(arrays: PyTree, rows: PyTree, places: Int[Array, " size"]) -> PyTree:
+        out = jax.vmap(one, in_axes=(None, 0))(arrays, rows)
+        if bar is not None:
+            # Its own number, known once all of it is done.
+            out, number = jax.lax.optimization_barrier((out, places[0] // size))
+            jax.debug.callback(bar, number)
+        return out
+
     def local(arrays: PyTree, rows: PyTree) -> PyTree:
-        each = jax.vmap(one, in_axes=(None, 0))
         if chunks == 1:
-            return each(arrays, rows)
+            return together(arrays, *rows)
         # Of all devices together a chunk is every `chunks`-th row, where they do not work by themselves.
         divided = jax.tree.map(lambda leaf: leaf.reshape(-1, chunks, size, *leaf.shape[1:]).swapaxes(0, 1), rows)
         divided = jax.tree.map(lambda leaf: leaf.reshape(chunks, -1, *leaf.shape[3:]), divided)
-        out = jax.lax.map(lambda some: each(arrays, some), divided)
+        out = jax.lax.map(lambda some: together(arrays, *some), divided)
         out = jax.tree.map(lambda leaf: leaf.reshape(chunks, -1, size, *leaf.shape[2:]).swapaxes(0, 1), out)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), out)
 
+    rows = rows, jnp.arange(total)
     if over.mesh is not None:
-        local, rows = _on_mesh(local, arrays, rows, over, shards)
-    out = local(arrays, rows)
+        local, rows = _on_mesh(local, rows, over)
+    with _without_ambient() if over.alone and isinstance(over.mesh, Mesh) else contextlib.nullcontext():
+        out = local(arrays, rows)
     if total != num:
         if over.mesh is not None and num % shards:
             # Explicit axes hold equal parts only.
@@ -181,12 +203,9 @@ def spread(function: Callable[[Any, Any], PyTree], shared: PyTree, rows: PyTree,
     return eqx.combine(out, rest[0])
 
 
-def _on_mesh(local: Callable, arrays: PyTree, rows: PyTree, over: Spreading, shards: int) -> tuple[Callable, PyTree]:
+def _on_mesh(local: Callable, rows: PyTree, over: Spreading) -> tuple[Callable, PyTree]:
     assert over.mesh is not None
     examples = PartitionSpec(over.axes)
-    if over.alone:
-        part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(leaf) // shards, *leaf.shape[1:]), leaf.dtype), rows)
-        local = _traced(local, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arrays), part)
     rows = _resharded(rows, over.mesh, over.axes)
     if over.alone:
         local = jax.shard_map(
@@ -199,20 +218,27 @@ def _on_mesh(local: Callable, arrays: PyTree, rows: PyTree, over: Spreading, sha
     return local, jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), rows)
 
 
-def _traced(function: Callable, *shapes: PyTree) -> Callable:
-    """The function of arrays of these shapes, traced outside of any mesh.
+def _ambient() -> Mesh | AbstractMesh | None:
+    """The mesh of `jax.set_mesh`, or of a jit around; None inside somebody's own shard_map."""
+    abstract = jax.sharding.get_abstract_mesh()
+    if abstract.empty or AxisType.Manual in abstract.axis_types:
+        return None
+    with take_current_trace():
+        mesh = jax.sharding.get_mesh()
+    return abstract if mesh.empty else mesh
+
+
+@contextlib.contextmanager
+def _without_ambient() -> Iterator[None]:
+    """No mesh but those that are named.
 
     What Diffrax computes while it is traced (`jax.ensure_compile_time_eval`) fails inside a `jax.shard_map` on the mesh
     of `jax.set_mesh`.
     """
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*shapes)
-    structure = jax.tree.structure(out)
-
-    def again(*arguments: PyTree) -> PyTree:
-        return jax.tree.unflatten(structure, jaxpr_as_fun(jaxpr)(*jax.tree.leaves(arguments)))
-
-    return again
+    with take_current_trace():
+        none = jax.set_mesh(None)
+    with none:
+        yield
 
 
 def _explicit(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> NamedSharding:

@@ -136,6 +136,7 @@ def sample(
     throw: bool = True,
     mesh: Mesh | None = None,
     chunk: int | None = None,
+    progress: bool = False,
 ) -> State:
     """Draw `num` samples of a flow, each independent of the others and of `num`.
 
@@ -150,7 +151,7 @@ def sample(
     - `data_mean`, `data_std`: moments of the data's elements, for a start below `t_noise`: the start is then
       N(alpha m, sigma^2 + alpha^2 s^2);
     - `mesh`, `chunk`: the devices over which the samples are spread and how many each takes at a time, see `batched`;
-      the samples are the same.
+      the samples are the same. `progress`: whether to show a bar of the chunks done.
 
     **Returns:** the samples, like `like` with a leading axis of length `num`, of float32 (float64 under x64), which is
     what a state is solved in. With `throw=False` the examples whose solve failed are NaN.
@@ -172,7 +173,7 @@ def sample(
         data_mean=data_mean,
         data_std=data_std,
     )
-    over = spreading(mesh, chunk, flow)
+    over = spreading(mesh, chunk, progress, flow)
     x, result = _sample(flow, state_like(like), num, key, args, settings, adjoint, max_steps, progress_meter, over)
     return raise_on_failure(result, x) if throw else x
 

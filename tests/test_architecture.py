@@ -40,6 +40,7 @@ LAYERS: dict[str, float] = {
     "dynamics": 3,
     "solvers": 3,
     "_settings": 3.25,
+    "_steps": 3.25,
     "_integrate": 3.5,
     "batching": 3.5,
     "sampling": 4,

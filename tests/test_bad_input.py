@@ -164,7 +164,7 @@ CASES = {
     ),
     "time_outside_flow": (lambda: FLOW.velocity(1.7, X), ValueError, "t is 1.7, outside Linear"),
     "no_null": (lambda: fs.guidance.ClassifierFree(FLOW, 1.0, None), ValueError, "null condition without arrays"),
-    "negative_std": (lambda: sample(t_start=0.5, data_std=-1.0), ValueError, "data_std is -1.0.*>= 0"),
+    "negative_std": (lambda: sample(t_start=0.5, data_std=-1.0), ValueError, "data_std is -1.*>= 0"),
     "noise_level_twice": (
         lambda: solve(solver=fs.solvers.DDIM(1.0), dynamics=SDE, key=KEY),
         ValueError,

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flowsolve as fs
+from flowsolve._progress import ChunkBar
 
 LIKE = jax.ShapeDtypeStruct((8,), jnp.float32)
 KEY = jax.random.key(3)
@@ -43,7 +44,6 @@ SETTINGS = {
 }
 # More devices than examples have places for, in parts that do not divide them; chunks that do not divide those.
 SPREADS = {
-    "chunk": (None, 5),
     "1": ((1,), None),
     "2, chunk": ((2,), 5),
     "4": ((4,), None),
@@ -65,13 +65,10 @@ def alone():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("how", SPREADS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("name", "how"), [*(("adaptive", how) for how in SPREADS), ("stochastic", "4, chunk")])
 def test_samples_are_bitwise_those_of_one_device(name, how, kind, alone):
     shape, chunk = SPREADS[how]
     mesh = mesh_of(shape, kind)
-    if mesh is None and kind == AxisType.Explicit:
-        pytest.skip("no mesh, no kind of axes")
     x = fs.sample(FLOW, LIKE, num=NUM, key=KEY, args=LABELS, mesh=mesh, chunk=chunk, **SETTINGS[name])
     np.testing.assert_array_equal(x, alone[name])
 
@@ -162,20 +159,10 @@ def test_keys_alone_make_a_batch():
     np.testing.assert_allclose(log_p[2], one_log_p, rtol=1e-4)
 
 
-def test_a_new_value_does_not_retrace():
-    network = eqx.debug.assert_max_traces(Mlp(jax.random.key(0)), max_traces=1)
-    flow = fs.Flow(network, fs.paths.Linear(), fs.predictions.Velocity())
-    with jax.numpy_dtype_promotion("standard"):
-        for tolerance, seed in ((1e-3, 0), (1e-2, 1)):
-            controller = diffrax.PIDController(rtol=jnp.asarray(tolerance), atol=jnp.asarray(tolerance))
-            function = eqx.Partial(fs.solve, solver=diffrax.Tsit5(), controller=controller, throw=False)
-            fs.batched(function, chunk=4)(flow, X + seed)
-
-
 # --- status ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spread", [(None, None), ((4,), None), ((4,), 5)])
+@pytest.mark.parametrize("spread", [(None, 5), ((4,), None)])
 def test_those_that_fail_are_marked_and_the_others_are_right(spread):
     """3 of 64 with a NaN network, and 1 of 64 that needs more than max_steps; the rest as in a clean run, bitwise."""
     shape, chunk = spread
@@ -196,3 +183,73 @@ def test_those_that_fail_are_marked_and_the_others_are_right(spread):
     others = np.arange(64) != 40
     np.testing.assert_array_equal(slow.ys[others], clean.ys[others])
     np.testing.assert_array_equal(slow.stats["nfe"][others], clean.stats["nfe"][others])
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+class Shown:
+    """What a tqdm bar would show."""
+
+    bars: list = []
+
+    def __init__(self, total, unit):
+        self.total, self.unit, self.n, self.closed, self.chunks = total, unit, 0, False, []
+        Shown.bars.append(self)
+
+    def set_postfix_str(self, text, refresh):
+        self.chunks.append(text)
+
+    def update(self, count):
+        self.n += count
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    monkeypatch.setattr("flowsolve._progress.import_tqdm", lambda who: Shown)
+    Shown.bars = []
+    return Shown.bars
+
+
+def counted(key, **spread):
+    settings = {"solver": fs.solvers.DDIM(), "grid": fs.grids.Uniform(2), "throw": False}
+    return fs.sample(FLOW, LIKE, num=NUM, key=key, args=LABELS, progress=True, **spread, **settings)
+
+
+@pytest.mark.parametrize("shape", [None, (4,)])
+def test_a_bar_counts_the_chunks_and_the_samples(shape, bars):
+    """Plainly, in a jit that runs twice, and under vmap and grad; the samples are those without it."""
+    spread = {"mesh": mesh_of(shape, AxisType.Auto), "chunk": 5}
+    chunks = 8
+    plain = fs.sample(
+        FLOW, LIKE, num=NUM, key=KEY, args=LABELS, solver=fs.solvers.DDIM(), grid=fs.grids.Uniform(2), **spread
+    )
+
+    def complete(number):
+        jax.effects_barrier()
+        assert len(bars) == number
+        for bar in bars:
+            assert bar.closed and bar.n == bar.total == NUM
+            assert bar.chunks == [f"chunk {done}/{chunks}" for done in range(1, chunks + 1)]
+
+    np.testing.assert_array_equal(counted(KEY, **spread), plain)
+    complete(1)
+    compiled = eqx.filter_jit(lambda key: counted(key, **spread))
+    compiled(KEY), compiled(KEY)
+    complete(3)
+    jax.vmap(lambda key: counted(key, **spread))(jax.random.split(KEY, 2))
+    complete(4)
+    jax.jit(jax.grad(lambda scale: jnp.sum(scale * counted(KEY, **spread))))(1.0)
+    complete(5)
+
+
+def test_a_bar_that_was_stopped_does_not_disturb_the_next(bars):
+    bar = ChunkBar(10, 2)
+    bar(np.asarray(0))
+    bar(np.asarray(0))
+    bar(np.asarray(1))
+    assert [shown.closed for shown in bars] == [True, True]
+    assert [shown.n for shown in bars] == [5, 10]

@@ -1,5 +1,8 @@
 """Networks and embeddings: shapes, starts, and what they must be able to tell apart."""
 
+import warnings
+
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import flowsolve as fs
 from flowsolve import nn
 
 LIKE = jax.ShapeDtypeStruct((3, 2), jnp.float32)
@@ -324,3 +328,70 @@ def test_wrong_calls_are_refused(network, plain):
         plain(T, jnp.ones(7), LABEL)
     with pytest.raises(ValueError, match="build it with num_classes"):
         _ = plain.null_label
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+class Weights(eqx.Module):
+    """tanh(W x), t, and what it was called with."""
+
+    weight: jax.Array
+    seen: list = eqx.field(static=True)
+
+    def __call__(self, t, x, args, *, key=None):
+        self.seen.append((self.weight.dtype, t.dtype, x["a"].dtype, args["scale"].dtype, args["label"].dtype))
+        return {"a": jnp.tanh(x["a"] @ self.weight) * args["scale"] * t.astype(x["a"].dtype)}
+
+
+def half_precision(dtype):
+    rng = np.random.default_rng(0)
+    network = Weights(jnp.asarray(rng.normal(size=(16, 16)), jnp.float32), [])
+    args = {"scale": jnp.asarray(1.5), "label": jnp.asarray(3)}
+    return network, nn.Precision(network, dtype), {"a": jnp.asarray(rng.normal(size=16), jnp.float32)}, args
+
+
+def test_precision_rounds_what_is_computed_and_leaves_the_rest():
+    network, half, x, args = half_precision(jnp.bfloat16)
+    out = half(jnp.asarray(0.3), x, args)["a"]
+    bf16, f32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    assert network.seen == [(bf16, f32, bf16, bf16, args["label"].dtype)]
+    assert out.dtype == jnp.float32
+    exact = np.tanh(np.asarray(x["a"], float) @ np.asarray(network.weight, float)) * 1.5 * 0.3
+    error = np.abs(np.asarray(out, float) - exact).max()
+    assert 1e-5 < error < 0.03, "near what bfloat16 can tell, and not nearer"
+    same = nn.Precision(network, jnp.float32)(jnp.asarray(0.3), x, args)["a"]
+    np.testing.assert_allclose(same, exact, atol=1e-5)
+
+
+def test_gradients_of_a_network_in_half_precision_are_those_of_its_float32_parameters():
+    network, half, x, args = half_precision(jnp.bfloat16)
+
+    def value(network):
+        return jnp.sum(network(jnp.asarray(0.3), x, args)["a"] ** 2)
+
+    rounded = eqx.filter_grad(value)(half).network.weight
+    exact = eqx.filter_grad(value)(network).weight
+    assert rounded.dtype == jnp.float32
+    assert jnp.linalg.norm(rounded - exact) < 0.05 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "warned"),
+    [(jnp.bfloat16, 5e-4, True), (jnp.bfloat16, 2e-3, False), (jnp.float16, 5e-5, True), (jnp.float32, 1e-6, False)],
+)
+def test_a_tolerance_below_what_the_network_resolves_warns(dtype, tolerance, warned):
+    """Through `Precision`, and as well where the parameters themselves are of that dtype."""
+    parameters = jnp.ones(3, dtype)
+    network = eqx.Partial(lambda weight, t, x, args, *, key=None: -x, parameters)
+    controller = diffrax.ClipStepSizeController(diffrax.PIDController(rtol=tolerance, atol=tolerance / 10))
+    for one in (network, nn.Precision(lambda t, x, args, *, key=None: -x, dtype)):
+        flow = fs.Flow(one, fs.paths.Linear(), fs.predictions.Velocity())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fs.solve(flow, jnp.ones(2), solver=diffrax.Heun(), controller=controller)
+        texts = [str(warning.message) for warning in caught]
+        assert bool(texts) == warned
+        if warned:
+            assert f"tolerance {tolerance:g} is below" in texts[0] and jnp.dtype(dtype).name in texts[0]
+            assert caught[0].filename == __file__

@@ -1,4 +1,4 @@
-"""Solves and samples: same noise whatever the batch, times of the path, status, counts, gradients, no retrace."""
+"""Solves and samples: same noise whatever the batch, times of the path, status, counts, gradients."""
 
 import diffrax
 import equinox as eqx
@@ -26,13 +26,6 @@ class Mlp(eqx.Module):
     def __call__(self, t, x, args, *, key=None):
         label = jnp.zeros(()) if args is None else args.astype(x.dtype)
         return self.layers(jnp.concatenate([x, t[None], label[None]]))
-
-
-@pytest.fixture
-def standard_promotion():
-    """Diffrax checks its terms under standard promotion: under the tests' strict one JAX would trace once more."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 FLOW = fs.Flow(Mlp(jax.random.key(0)), fs.paths.Linear(), fs.predictions.Velocity())
@@ -292,9 +285,9 @@ def test_a_nan_is_a_result_and_an_error():
     failed = np.asarray(sol.result == diffrax.RESULTS.nonfinite)
     assert failed.tolist() == [False, True, False]
     assert np.isfinite(np.asarray(sol.ys)[[0, 2]]).all()
-    with pytest.raises(RuntimeError, match=r"1 of 3 examples, the first is number 1.*[Nn]onfinite"):
+    with pytest.raises(RuntimeError, match=r"1 of 3 examples, the first is number 1: the state became NaN.*t_start"):
         fs.sample(flow, jax.ShapeDtypeStruct((2,), jnp.float32), num=3, key=KEY, args=args)
-    with pytest.raises(RuntimeError, match="Nonfinite"):
+    with pytest.raises(RuntimeError, match="failed: the state became NaN"):
         fs.solve(flow, jnp.ones(2), jnp.asarray(1))
     with pytest.raises(RuntimeError, match="max_steps"):
         fs.solve(
@@ -365,7 +358,7 @@ def test_ddim_inside_a_users_jit():
     assert np.isfinite(jax.grad(value)(1.0))
 
 
-# --- gradients and retraces -----------------------------------------------------------------------------------------
+# --- gradients -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["ode", "ancestral", "sde"])
@@ -408,44 +401,3 @@ def test_every_adjoint_gives_the_same_gradient(adjoint):
     x = jnp.linspace(-1.0, 1.0, 8)
     differentiate = jax.jacfwd if isinstance(adjoint, diffrax.ForwardMode) else jax.grad
     np.testing.assert_allclose(differentiate(value)(x, adjoint), jax.grad(value)(x), rtol=1e-3, atol=1e-4)
-
-
-def test_no_retrace(standard_promotion):
-    """Another key, other labels, another tolerance, noise level or guidance scale: one trace of the network."""
-    network = eqx.debug.assert_max_traces(Mlp(jax.random.key(0)), max_traces=1)
-    flow = fs.Flow(network, fs.paths.Linear(), fs.predictions.Velocity())
-    for seed, tolerance in ((0, 1e-3), (1, 1e-2)):
-        fs.sample(
-            flow,
-            LIKE,
-            num=4,
-            key=jax.random.key(seed),
-            args=LABELS[seed : seed + 4],
-            solver=diffrax.Tsit5(),
-            controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
-        )
-
-
-@pytest.mark.parametrize("name", ["eta", "ddim_eta", "guidance", "grid", "t_end"])
-def test_no_retrace_of_a_numeric_knob(name, standard_promotion):
-    network = eqx.debug.assert_max_traces(Mlp(jax.random.key(0)), max_traces=1)
-    plain = fs.Flow(network, fs.paths.Linear(), fs.predictions.Velocity())
-    for value in (0.3, 0.7):
-        flow, settings = plain, {"grid": fs.grids.Uniform(4), "t_start": 0.9}
-        if name == "eta":
-            settings |= {"solver": diffrax.Euler(), "dynamics": fs.dynamics.ReverseSDE(value)}
-        elif name == "ddim_eta":
-            settings |= {"solver": fs.solvers.DDIM(value)}
-        elif name == "guidance":
-            flow = fs.guidance.ClassifierFree(plain, scale=value, null=jnp.asarray(3))
-        elif name == "grid":
-            settings |= {"grid": fs.grids.Given([0.9, value, 0.1]), "t_start": None}
-        else:
-            settings |= {"t_end": value}
-        fs.sample(flow, LIKE, num=4, key=KEY, args=LABELS[:4], **settings)
-
-
-def test_the_network_is_traced_once_per_solve(standard_promotion):
-    network = eqx.debug.assert_max_traces(Mlp(jax.random.key(0)), max_traces=1)
-    flow = fs.Flow(network, fs.paths.Linear(), fs.predictions.Velocity())
-    fs.solve(flow, jnp.ones(8), solver=diffrax.Dopri8(), controller=diffrax.PIDController(rtol=1e-3, atol=1e-3))

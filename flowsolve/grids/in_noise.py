@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._checks import is_concrete
+from .._checks import is_concrete, known
 from .._numerics import as_scalar
 from .._types import Scalar
 from ..paths import VP, AbstractPath
@@ -155,7 +155,7 @@ class VPPower(AbstractPathGrid):
 
     def __check_init__(self):
         check_positive(self, "power", "beta_min", "beta_max", "sigma_max")
-        if is_concrete((self.beta_min, self.beta_max)) and self.beta_min > self.beta_max:
+        if is_concrete((self.beta_min, self.beta_max)) and known(self.beta_min) > known(self.beta_max):
             raise ValueError(
                 f"VPPower got beta_min = {float(self.beta_min):g} above beta_max = {float(self.beta_max):g}, but "
                 "wants a noise schedule that does not fall: swap them."

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from .._checks import check, check_key, is_concrete
+from .._checks import check, check_key, is_concrete, known
 from .._numerics import as_scalar
 from .._types import PRNGKey, Scalar, ScalarLike
 
@@ -140,6 +140,7 @@ class LabelEmbedding(eqx.Module):
             )
         if is_concrete(label):
             last = self.table.shape[0] - 1
-            check(label, (label < 0) | (label > last), f"Label {label} is out of range: labels run from 0 to {last}.")
+            given = known(label)
+            check(label, (given < 0) | (given > last), f"Label {label} is out of range: labels run from 0 to {last}.")
         # A check inside a compiled network would cost a host callback per evaluation: out of range gives NaN.
         return self.table.at[label].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

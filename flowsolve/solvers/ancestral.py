@@ -22,7 +22,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._checks import check_type, is_concrete
+from .._checks import check_type, is_concrete, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, FlowField, ReverseSDE, network_output, unwrap
@@ -118,7 +118,7 @@ class Ancestral(AbstractMemorylessSolver, AbstractStochasticSolver[None]):
     def check_dynamics(self, dynamics: AbstractDynamics) -> None:
         """Raise for any other noise level, where it is known."""
         level = dynamics.eta if isinstance(dynamics, ReverseSDE) and dynamics.interval is None else None
-        if level is None or (is_concrete(level) and level != 1):
+        if level is None or (is_concrete(level) and known(level) != 1):
             raise ValueError(
                 "Ancestral steps through ReverseSDE(1.0) alone, but was given another equation: leave dynamics out, or "
                 "use DDIM() or SDEDPMSolverPP() with it."

@@ -1,0 +1,76 @@
+"""Fixed steps as one loop: y_{i+1} = step(s_i, s_{i+1}, y_i), with the steps of any Diffrax solver.
+
+`diffrax.diffeqsolve` takes the same steps. Around them it places what adaptive steps, events and saving between steps
+need, which multiplies the time to compile, and its loop with checkpoints has its own derivative, of which a batch
+holds one copy of the parameters an example. Where only the last state is asked for, this loop does with neither.
+
+Its gradient keeps the states at the ends of segments, and what the solver carries there, and computes the steps of a
+segment again: 2 to 3 sqrt(n) states and one step of the solver at a time, for three evaluations of each instead of one.
+Up to 64 steps are one segment, which keeps every state, for two. Derivatives of both modes pass through it.
+"""
+
+import math
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ._types import Args
+
+_ONE_SEGMENT = 64
+
+
+def fixed_steps(
+    terms: diffrax.AbstractTerm,
+    solver: diffrax.AbstractSolver,
+    ts: Float[Array, " n"],
+    x_start: PyTree,
+    args: Args,
+) -> tuple[PyTree, diffrax.RESULTS]:
+    """The state after the last step of the grid `ts`, and the first failure that a step of the solver reports."""
+
+    solver = jax.tree.map(_with_plain_stages, solver, is_leaf=lambda node: hasattr(node, "scan_kind"))
+
+    def step(carry: PyTree, ends: tuple[Array, Array]) -> tuple[PyTree, None]:
+        x, state, result = carry
+        x, _, _, state, found = solver.step(terms, *ends, x, args, state, jnp.asarray(False))
+        result = diffrax.RESULTS.where(result == diffrax.RESULTS.successful, found, result)
+        return (x, state, result), None
+
+    def segment(carry: PyTree, ends: tuple[Array, Array]) -> tuple[PyTree, None]:
+        return jax.lax.scan(jax.checkpoint(step), carry, ends)
+
+    # The results of Diffrax as arrays, which a loop can carry.
+    successful = jax.tree.map(jnp.asarray, diffrax.RESULTS.successful)
+    carry = x_start, solver.init(terms, ts[0], ts[1], x_start, args), successful
+    starts, ends = ts[:-1], ts[1:]
+    steps = len(starts)
+    length = _segment_length(steps)
+    whole = steps - steps % length
+    if whole == length:
+        carry, _ = segment(carry, (starts[:whole], ends[:whole]))
+    else:
+        segments = starts[:whole].reshape(-1, length), ends[:whole].reshape(-1, length)
+        carry, _ = jax.lax.scan(jax.checkpoint(segment), carry, segments)
+    if whole < steps:
+        carry, _ = segment(carry, (starts[whole:], ends[whole:]))
+    x, _, result = carry
+    return x, result
+
+
+def _with_plain_stages(solver: PyTree) -> PyTree:
+    """A Runge-Kutta solver whose stages JAX itself differentiates, in either mode, as under Diffrax's DirectAdjoint."""
+    if getattr(solver, "scan_kind", "") is not None:
+        return solver
+    return eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=lambda leaf: leaf is None)
+
+
+def _segment_length(steps: int) -> int:
+    """About sqrt(steps), a divisor where there is one nearby: what is left over is a loop of its own to compile."""
+    if steps <= _ONE_SEGMENT:
+        return steps
+    root = math.isqrt(steps)
+    divisors = [length for length in range(root // 2, 2 * root + 1) if steps % length == 0]
+    return min(divisors, key=lambda length: abs(length - root), default=root)
