@@ -100,23 +100,22 @@ def integral(integrand: Callable[[Scalar], Float[Array, "..."]], start: Scalar, 
     nodes, weights = np.polynomial.legendre.leggauss(16)
     half = (end - start) / 2
     values = jax.vmap(integrand)(start + half * (1 + jnp.asarray(nodes, half.dtype)))
-    return half * jnp.tensordot(jnp.asarray(weights, half.dtype), values, 1)
+    return half * jnp.tensordot(jnp.asarray(weights, half.dtype), values, 1, precision=jax.lax.Precision.HIGHEST)
 
 
-def phi(order: int, z: Scalar) -> Scalar:
-    r"""phi_k(z) = \int_0^1 e^{(1-u) z} u^{k-1}/(k-1)! du for k >= 1: phi_1 = (e^z - 1)/z, phi_k(0) = 1/k!."""
+def phis(count: int, z: Scalar) -> Float[Array, " {count}"]:
+    r"""phi_k(z) = \int_0^1 e^{(1-u) z} u^{k-1}/(k-1)! du for k = 1..count: phi_1 = (e^z - 1)/z, phi_k(0) = 1/k!."""
     near = jnp.abs(z) < 1
     small, large = jnp.where(near, z, 0), jnp.where(near, 1, z)
-    near_value = integral(
-        lambda u: jnp.exp((1 - u) * small) * u ** (order - 1) / math.factorial(order - 1),
-        jnp.zeros_like(z),
-        jnp.ones_like(z),
-    )
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    u = (1 + nodes) / 2
+    table = np.stack([weights / 2 * u**k / math.factorial(k) for k in range(count)])
+    near_values = jnp.sum(jnp.asarray(table, z.dtype) * jnp.exp(jnp.asarray(1 - u, z.dtype) * small)[None], axis=1)
     # The recurrence phi_{k+1} = (phi_k - 1/k!)/z cancels where z is small.
-    far_value = jnp.expm1(large) / large
-    for k in range(1, order):
-        far_value = (far_value - 1 / math.factorial(k)) / large
-    return jnp.where(near, near_value, far_value)
+    far_values = [jnp.expm1(large) / large]
+    for k in range(1, count):
+        far_values.append((far_values[-1] - 1 / math.factorial(k)) / large)
+    return jnp.where(near, near_values, jnp.stack(far_values))
 
 
 def linear_combination(coefficients: Sequence[ScalarLike], trees: Sequence[State]) -> State:

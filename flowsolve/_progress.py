@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int
 
 
 def import_tqdm(who: str) -> Callable[..., Any]:
@@ -31,7 +32,7 @@ class ChunkBar:
     samples: int
     chunks: int
 
-    def __call__(self, number: np.ndarray) -> None:
+    def __call__(self, number: Int[Array | np.ndarray, ""]) -> None:
         """Chunk `number` is done."""
         if jax.process_index() != 0:
             return

@@ -2,6 +2,7 @@
 status."""
 
 import re
+from typing import ClassVar
 
 import diffrax
 import equinox as eqx
@@ -191,7 +192,7 @@ def test_those_that_fail_are_marked_and_the_others_are_right(spread):
 class Shown:
     """What a tqdm bar would show."""
 
-    bars: list = []
+    bars: ClassVar[list] = []
 
     def __init__(self, total, unit):
         self.total, self.unit, self.n, self.closed, self.chunks = total, unit, 0, False, []

@@ -394,4 +394,3 @@ def test_a_tolerance_below_what_the_network_resolves_warns(dtype, tolerance, war
         assert bool(texts) == warned
         if warned:
             assert f"tolerance {tolerance:g} is below" in texts[0] and jnp.dtype(dtype).name in texts[0]
-            assert caught[0].filename == __file__

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._checks import check_count
-from .._numerics import phi
+from .._numerics import phis
 from ..dynamics import AbstractDynamics, ReverseSDE
 from ..predictions import Data
 from .multistep import AbstractODEMultistep, AbstractSDEMultistep
@@ -60,7 +60,8 @@ class DPMSolverPP(AbstractODEMultistep):
         alpha = step.path.coefficients(step.target)[0]
         r0 = -places[1]
         r1 = jnp.where(usable[2], places[1] - places[2], 1)
-        linear, quadratic = h * phi(2, -h), h * phi(3, -h) * (1 if self.as_published else 2)
+        _, phi_2, phi_3 = phis(3, -h)
+        linear, quadratic = h * phi_2, h * phi_3 * (1 if self.as_published else 2)
         first = -linear * (1 / r0 + 1 / r1) - quadratic / (r0 * r1)
         second = (linear * r0 + quadratic) / (r1 * (r0 + r1))
         third_order = alpha * jnp.stack([first, second])

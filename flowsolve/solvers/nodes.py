@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import check_type
-from .._numerics import integral, phi
+from .._numerics import integral, phis
 from .._types import Scalar, ScalarLike
 from ..dynamics import AbstractDynamics
 from ..paths import AbstractPath
@@ -83,7 +83,7 @@ class Step(eqx.Module):
         h, proper = self.span()
         alpha = self.path.coefficients(self.target)[0]
         from_noise = self.path.coefficients(self.start)[0] == 0
-        return alpha * jnp.where(proper, h * phi(2, -h), jnp.where(from_noise, 0.5, 0))
+        return alpha * jnp.where(proper, h * phis(2, -h)[1], jnp.where(from_noise, 0.5, 0))
 
     def span(self) -> tuple[Scalar, Bool[Array, ""]]:
         """h = lambda_s - lambda_t and whether it is finite and not 0; 1 where it is not."""
@@ -298,18 +298,16 @@ def vandermonde_weights(
 ) -> Float[Array, " nodes"]:
     """rho with sum_k rho_k nodes_k^i = moments_i for i below the number of usable nodes; 0 for the others."""
     count = len(nodes)
-    weights = []
-    for k in range(count):
-        # The coefficients of the Lagrange polynomial of node k, lowest first.
-        coefficients = jnp.zeros_like(moments).at[0].set(1)
-        for i in range(count):
-            if i == k:
-                continue
-            distance = jnp.where(usable[i] & usable[k], nodes[k] - nodes[i], 1)
-            raised = jnp.roll(coefficients, 1).at[0].set(0)
-            coefficients = jnp.where(usable[i], (raised - nodes[i] * coefficients) / distance, coefficients)
-        weights.append(jnp.where(usable[k], coefficients @ moments, 0))
-    return jnp.stack(weights)
+    own = jnp.arange(count)
+    # Row k: the coefficients of the Lagrange polynomial of node k, lowest first, node by node of the others.
+    coefficients = jnp.zeros((count, count), nodes.dtype).at[:, 0].set(1)
+    for i in range(count):
+        factor = usable & usable[i] & (own != i)
+        distances = jnp.where(factor, nodes - nodes[i], 1)
+        raised = jnp.concatenate([jnp.zeros((count, 1), nodes.dtype), coefficients[:, :-1]], axis=1)
+        multiplied = (raised - nodes[i] * coefficients) / distances[:, None]
+        coefficients = jnp.where(factor[:, None], multiplied, coefficients)
+    return jnp.where(usable, jnp.sum(coefficients * moments[None], axis=1), 0)
 
 
 def trapezoid_from_noise(step: Step) -> Float[Array, " history"]:

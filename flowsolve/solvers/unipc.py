@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._checks import check_count
-from .._numerics import as_scalar, linear_combination, phi
+from .._numerics import as_scalar, linear_combination, phis
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import FlowField, unwrap
 from ..predictions import Data
@@ -105,10 +105,11 @@ def _weights(step: Step, bh: int) -> Float[Array, " history"]:
     places, usable = (rows[1:] for rows in step.places())
     h, _ = step.span()
     b = h if bh == 1 else -jnp.expm1(-h)
-    moments = [math.factorial(i) * phi(i + 1, -h) * h / b for i in range(1, len(places) + 1)]
-    if not moments:
+    if not len(places):
         return places
-    rho = vandermonde_weights(places, usable, jnp.stack(moments))
+    factorials = jnp.asarray([math.factorial(i) for i in range(1, len(places) + 1)], h.dtype)
+    moments = factorials * phis(len(places) + 1, -h)[1:] * (h / b)
+    rho = vandermonde_weights(places, usable, moments)
     rho = jnp.where(jnp.sum(usable) == 1, 0.5, rho)
     alpha = step.path.coefficients(step.target)[0]
     return jnp.where(usable, alpha * b * rho / places, 0)
