@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ._checks import check_type, is_concrete
 from ._numerics import all_finite
@@ -159,11 +159,11 @@ def raise_on_failure(result: diffrax.RESULTS, value: _T) -> _T:
     if not is_concrete(result):
         bad = result != diffrax.RESULTS.successful
         texts = ["inside the solver or its controller", *(text for _, text in _CAUSES)]
-        # Of a batch the largest index is shown.
         index = sum(jnp.where(result == cause, number, 0) for number, (cause, _) in enumerate(_CAUSES, 1))
         messages = [f"The solve failed: {text}. {_SUGGESTION}" for text in texts]
-        # The results alone go through the check, which would gather the value itself from all devices.
-        return nan_on_failure(eqx.branched_error_if(result, bad, index, messages), value)
+        # One number goes through the check, which would gather a whole batch from all devices.
+        some = jnp.any(bad)
+        return _masked(bad & eqx.branched_error_if(some, some, jnp.max(index), messages), value)
     codes = _on_this_host(jax.tree.leaves(result)[0])
     (success,) = jax.tree.leaves(diffrax.RESULTS.successful)
     failed = np.flatnonzero(codes != success)
@@ -182,8 +182,10 @@ def raise_on_failure(result: diffrax.RESULTS, value: _T) -> _T:
 
 def nan_on_failure(result: diffrax.RESULTS, value: _T) -> _T:
     """`value`, NaN in the examples whose solve failed: no partial answer passes for a whole one."""
-    failed = result != diffrax.RESULTS.successful
+    return _masked(result != diffrax.RESULTS.successful, value)
 
+
+def _masked(failed: Bool[Array, "..."], value: _T) -> _T:
     def mask(leaf: PyTree) -> PyTree:
         if not eqx.is_inexact_array(leaf):
             return leaf
