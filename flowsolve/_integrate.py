@@ -1,5 +1,6 @@
 """One solve: `diffrax.diffeqsolve` run as `Settings` say, its answer in path time, and what is said where it failed."""
 
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool, PyTree
+from jax.extend.core import get_opaque_trace_state
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Int, PyTree
 
 from ._checks import check_type, is_concrete
 from ._numerics import all_finite
@@ -154,16 +157,47 @@ _CAUSES = (
 _SUGGESTION = "With throw=False nothing is raised, and `solve` returns the result of each example."
 
 
-def raise_on_failure(result: diffrax.RESULTS, value: _T) -> _T:
-    """Return `value`; raise one message if a solve, or any of a batch of them, failed (at run time if traced)."""
+#: The trace of the function of `with_results`, and the results so far.
+_COLLECTING = threading.local()
+
+
+def with_results(function: Callable[[], _T]) -> tuple[_T, list[diffrax.RESULTS]]:
+    """function() and one result for each solve or batch of them in it, none of which raises."""
+    before = getattr(_COLLECTING, "solves", None)
+    _COLLECTING.solves = _, results = get_opaque_trace_state(convention="flax"), []
+    try:
+        return function(), results
+    finally:
+        _COLLECTING.solves = before
+
+
+def raise_on_failure(result: diffrax.RESULTS, value: _T, mesh: Mesh | AbstractMesh | None = None) -> _T:
+    """Return `value`; raise one message if a solve, or any of a batch of them, failed (at run time if traced).
+
+    The mesh is that over which a batch is spread.
+    """
     if not is_concrete(result):
+        solves = getattr(_COLLECTING, "solves", None)
+        # What a transformation inside the function traces cannot leave it as a value.
+        if solves is not None and solves[0] == get_opaque_trace_state(convention="flax"):
+            solves[1].append(jax.tree.map(jnp.max, result))
+            return nan_on_failure(result, value)
         bad = result != diffrax.RESULTS.successful
         texts = ["inside the solver or its controller", *(text for _, text in _CAUSES)]
         index = sum(jnp.where(result == cause, number, 0) for number, (cause, _) in enumerate(_CAUSES, 1))
         messages = [f"The solve failed: {text}. {_SUGGESTION}" for text in texts]
         # One number goes through the check, which would gather a whole batch from all devices.
         some = jnp.any(bad)
-        return _masked(bad & eqx.branched_error_if(some, some, jnp.max(index), messages), value)
+
+        def check(some: Bool[Array, ""], index: Int[Array, ""]) -> Bool[Array, ""]:
+            return eqx.branched_error_if(some, some, index, messages)
+
+        if mesh is not None:
+            # By all devices: one that raised alone would leave the others waiting for it, until XLA ends the process.
+            check = jax.shard_map(
+                check, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+            )
+        return _masked(bad & check(some, jnp.max(index)), value)
     codes = _on_this_host(jax.tree.leaves(result)[0])
     (success,) = jax.tree.leaves(diffrax.RESULTS.successful)
     failed = np.flatnonzero(codes != success)

@@ -4,9 +4,9 @@ r"""A vmap that scales: the same examples, spread over the devices of a mesh and
 size, and a chunk is one `jax.vmap`. What does not divide is filled up with copies of the last example, which are cut
 off again. Devices do not speak to each other inside (`jax.shard_map`): every example is computed as on one device.
 
-To the last bit, where a backend rounds a row alike whatever their number. On a CPU XLA does so for products `x @ W`
-of two or more rows; one row alone, and a vmapped `W @ x`, which is how `eqx.nn.Linear` has it, may get another matrix
-kernel for another number of rows, and are then the same to rounding.
+To the last bit, where the compiler makes the same code of another number of rows or devices; else to rounding. On a CPU
+XLA rounds products `x @ W` of two or more rows alike; one row alone, and a vmapped `W @ x`, which is how
+`eqx.nn.Linear` has it, may get another matrix kernel, and the weights of a multistep solver other instructions.
 
     log_p = fs.batched(fs.log_prob, mesh=mesh, chunk=256)(flow, x)
 
@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.core
@@ -30,6 +31,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, Int, Key, PyTree
 
 from ._checks import check_count, check_key, check_type, describe
+from ._integrate import raise_on_failure, with_results
 from ._progress import ChunkBar, import_tqdm
 
 __all__ = ["batched"]
@@ -54,11 +56,12 @@ def batched(
     the samples a second, which needs tqdm, in a jit as well.
 
     **Returns:** a function of the same positional arguments, and `key`. Its value is that of `function` with a leading
-    axis on every array, sharded over the mesh. On a mesh a gradient through adaptive steps wants
-    `adjoint=diffrax.DirectAdjoint()` in `function`: Diffrax's default does not pass through a shard_map.
+    axis on every array, sharded over the mesh if its devices divide the examples. On a mesh a gradient through
+    adaptive steps wants `adjoint=diffrax.DirectAdjoint()` in `function`: Diffrax's default does not pass through a
+    shard_map.
 
     **Raises:** `ValueError`, `TypeError` for a request that makes no sense, and for a call whose arrays do not have one
-    leading axis.
+    leading axis; `RuntimeError` where a solve of the function would, for all examples together.
     """
     if not callable(function):
         raise TypeError(f"batched got a {type(function).__name__}, but wants a function of one example.")
@@ -81,7 +84,10 @@ class _Batched(eqx.Module):
             one_key, key = check_key(key, "the function"), None
         num = _count((rows, key))
         over = spreading(self.mesh, self.chunk, self.progress, (self.function, shared))
-        return _compiled(self.function, rows, shared, one_key, key, num, over)
+        out, results = _compiled(self.function, rows, shared, one_key, key, num, over)
+        for result in results:
+            out = raise_on_any_failure(result, out, over)
+        return out
 
 
 @eqx.filter_jit
@@ -92,7 +98,7 @@ def _compiled(function, rows, shared, one_key, keys, num, over) -> PyTree:
         arguments = eqx.combine(arguments, shared, is_leaf=_is_module)
         if one_key is not None:
             key = jax.random.fold_in(one_key, index)
-        return function(*arguments) if key is None else function(*arguments, key=key)
+        return with_results(lambda: function(*arguments) if key is None else function(*arguments, key=key))
 
     return spread(one, (function, shared, one_key), (jnp.arange(num), rows, keys), num, over)
 
@@ -154,6 +160,12 @@ def spreading(mesh: Mesh | None, chunk: int | None, progress: bool, shared: PyTr
     return Spreading(found, free or tuple(found.axis_names), not used, chunk, progress)
 
 
+def raise_on_any_failure(result: diffrax.RESULTS, value: PyTree, over: Spreading) -> PyTree:
+    """`raise_on_failure` for what was spread."""
+    with _without_ambient() if isinstance(over.mesh, Mesh) else contextlib.nullcontext():
+        return raise_on_failure(result, value, over.mesh)
+
+
 def spread(function: Callable[[Any, Any], PyTree], shared: PyTree, rows: PyTree, num: int, over: Spreading) -> PyTree:
     """function(shared, row) for each of `num` rows. To be called in a jit."""
     shards = 1 if over.mesh is None else math.prod(over.mesh.shape[name] for name in over.axes)
@@ -195,11 +207,11 @@ def spread(function: Callable[[Any, Any], PyTree], shared: PyTree, rows: PyTree,
         local, rows = _on_mesh(local, rows, over)
     with _without_ambient() if over.alone and isinstance(over.mesh, Mesh) else contextlib.nullcontext():
         out = local(arrays, rows)
-    if total != num:
-        if over.mesh is not None and num % shards:
-            # Explicit axes hold equal parts only.
-            out = _resharded(out, over.mesh, ())
-        out = jax.tree.map(lambda leaf: leaf[:num], out)
+        if total != num:
+            if over.mesh is not None and num % shards:
+                # Explicit axes hold equal parts only.
+                out = _resharded(out, over.mesh, ())
+            out = jax.tree.map(lambda leaf: leaf[:num], out)
     return eqx.combine(out, rest[0])
 
 

@@ -254,3 +254,36 @@ def test_a_bar_that_was_stopped_does_not_disturb_the_next(bars):
     bar(np.asarray(1))
     assert [shown.closed for shown in bars] == [True, True]
     assert [shown.n for shown in bars] == [5, 10]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("what", ["sample", "log_prob"])
+def test_a_failure_on_one_device_raises(what, jit, kind):
+    """Also where the devices must come together afterwards, as 10 examples do that 4 devices do not divide."""
+    mesh = mesh_of((4,), kind)
+    settings = {"solver": diffrax.Euler(), "grid": fs.grids.Uniform(2)}
+
+    def function(labels):
+        if what == "sample":
+            return fs.sample(FLOW, LIKE, num=10, key=KEY, args=labels, mesh=mesh, **settings)
+        return fs.batched(eqx.Partial(fs.log_prob, **settings), mesh=mesh)(FLOW, X[:10], labels)
+
+    function = eqx.filter_jit(function) if jit else function
+    labels = jnp.zeros(10, int)
+    assert np.all(np.isfinite(function(labels)))
+    message = "failed: the state became NaN" if jit else "1 of 10 examples, the first is number 9: the state became NaN"
+    with pytest.raises(RuntimeError, match=message):
+        jax.block_until_ready(function(labels.at[9].set(-1)))
+
+
+def test_a_batch_inside_a_batch_counts_the_outer_examples():
+    def function(label):
+        labels = jnp.broadcast_to(label, (3,))
+        x = fs.sample(FLOW, LIKE, num=3, key=KEY, args=labels, solver=diffrax.Euler(), grid=fs.grids.Uniform(2))
+        return jnp.sum(x)
+
+    fast = fs.batched(function)
+    assert fast(jnp.zeros(4, int)).shape == (4,)
+    with pytest.raises(RuntimeError, match="2 of 4 examples, the first is number 1"):
+        fast(jnp.array([0, -1, 0, -1]))
