@@ -106,7 +106,7 @@ def integrate(
 def _last_of_grid(terms: diffrax.AbstractTerm, settings: Settings, x_start: PyTree, args: Args) -> diffrax.Solution:
     """The solution of fixed steps of which nothing but the last state is asked."""
     assert settings.ts is not None
-    x, result = fixed_steps(terms, settings.solver, settings.ts, x_start, args)
+    x, result = fixed_steps(terms, settings.solver, settings.ts, settings.table, x_start, args)
     steps = jnp.asarray(len(settings.ts) - 1)
     return diffrax.Solution(
         t0=settings.t_start,

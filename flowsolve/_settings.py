@@ -27,6 +27,7 @@ from .paths import AbstractPath
 from .predictions import AbstractPrediction, conversion_weights, is_singular
 from .solvers import DDIM, AbstractFlowSolver
 from .solvers.base import AbstractGridAwareSolver
+from .solvers.multistep import AbstractMultistep, StepWeights
 
 # Chosen by tests/benchmarks/default_solver.py.
 DEFAULT_SOLVER = diffrax.Ralston
@@ -45,6 +46,8 @@ class Settings(eqx.Module):
     t_end: Scalar
     #: Mean and standard deviation of every element at the end where the noise is.
     prior: tuple[Scalar, Scalar]
+    #: The weights of all steps, of a multistep solver on a grid.
+    table: StepWeights | None
 
 
 def settle(
@@ -128,14 +131,18 @@ def _complete(
         end,
     )
     # A HalfSolver passes for the solver inside, but steps beside the grid.
-    if isinstance(solver, AbstractGridAwareSolver) and type(solver) is not diffrax.HalfSolver:
+    plain = type(solver) is not diffrax.HalfSolver
+    if isinstance(solver, AbstractGridAwareSolver) and plain:
         solver = solver.for_times(jnp.stack([start, end]) if ts is None else -ts)
+    table = None
+    if isinstance(solver, AbstractMultistep) and plain and ts is not None:
+        table = solver.table(path, prediction, dynamics, -ts)
     start = _check_regular(path, prediction, solver, dynamics, start, "t_start")
     if _evaluates_end(solver):
         end = _check_regular(path, prediction, solver, dynamics, end, "t_end")
     data_mean, data_std = moments
     prior = path.start(end if encode else start, data_mean=data_mean, data_std=data_std)
-    return Settings(solver, dynamics, ts, controller, start, end, prior)
+    return Settings(solver, dynamics, ts, controller, start, end, prior, table)
 
 
 def opaque(settings: Settings) -> Settings:

@@ -10,6 +10,7 @@ Up to 64 steps are one segment, which keeps every state, for two. Derivatives of
 """
 
 import math
+from collections.abc import Callable
 
 import diffrax
 import equinox as eqx
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ._types import Args
+from .dynamics import network_output, unwrap
+from .solvers.multistep import AbstractMultistep, StepWeights
 
 _ONE_SEGMENT = 64
 
@@ -26,38 +29,72 @@ def fixed_steps(
     terms: diffrax.AbstractTerm,
     solver: diffrax.AbstractSolver,
     ts: Float[Array, " n"],
+    table: StepWeights | None,
     x_start: PyTree,
     args: Args,
 ) -> tuple[PyTree, diffrax.RESULTS]:
-    """The state after the last step of the grid `ts`, and the first failure that a step of the solver reports."""
+    """The state after the last step of the grid `ts`, and the first failure that a step of the solver reports.
 
+    A multistep solver takes its weights from the `table`.
+    """
+    if table is None:
+        step, begun = _any_step(terms, solver, ts, x_start, args)
+    else:
+        assert isinstance(solver, AbstractMultistep)
+        step, begun = _tabulated_step(terms, solver, x_start, args)
+    # The results of Diffrax as arrays, which a loop can carry.
+    successful = jax.tree.map(jnp.asarray, diffrax.RESULTS.successful)
+    x, _, result = _loop(step, (x_start, begun, successful), (ts[:-1], ts[1:], table), len(ts) - 1)
+    return x, result
+
+
+def _any_step(
+    terms: diffrax.AbstractTerm, solver: diffrax.AbstractSolver, ts: Float[Array, " n"], x_start: PyTree, args: Args
+) -> tuple[Callable, PyTree]:
+    """A step, and what the solver carries at first."""
     solver = jax.tree.map(_with_plain_stages, solver, is_leaf=lambda node: hasattr(node, "scan_kind"))
 
-    def step(carry: PyTree, ends: tuple[Array, Array]) -> tuple[PyTree, None]:
+    def step(carry: PyTree, row: tuple[Array, Array, None]) -> tuple[PyTree, None]:
         x, state, result = carry
-        x, _, _, state, found = solver.step(terms, *ends, x, args, state, jnp.asarray(False))
+        x, _, _, state, found = solver.step(terms, row[0], row[1], x, args, state, jnp.asarray(False))
         result = diffrax.RESULTS.where(result == diffrax.RESULTS.successful, found, result)
         return (x, state, result), None
 
-    def segment(carry: PyTree, ends: tuple[Array, Array]) -> tuple[PyTree, None]:
-        return jax.lax.scan(jax.checkpoint(step), carry, ends)
+    return step, solver.init(terms, ts[0], ts[1], x_start, args)
 
-    # The results of Diffrax as arrays, which a loop can carry.
-    successful = jax.tree.map(jnp.asarray, diffrax.RESULTS.successful)
-    carry = x_start, solver.init(terms, ts[0], ts[1], x_start, args), successful
-    starts, ends = ts[:-1], ts[1:]
-    steps = len(starts)
+
+def _tabulated_step(
+    terms: diffrax.AbstractTerm, solver: AbstractMultistep, x_start: PyTree, args: Args
+) -> tuple[Callable, PyTree]:
+    """The same for a solver of which all but the states is in a table."""
+    field, noise, _ = unwrap(terms, type(solver).__name__)
+
+    def step(carry: PyTree, row: tuple[Array, Array, StepWeights]) -> tuple[PyTree, None]:
+        (x, history, result), (start, end, weights) = carry, row
+        output = network_output(field.flow, weights.start, x, args)
+        normal = None if noise is None else noise.normal(start, end)
+        x, history, _ = solver.advance(weights, x, output, normal, history)
+        return (x, history, result), None
+
+    return step, solver.begin(x_start)
+
+
+def _loop(step: Callable, carry: PyTree, rows: PyTree, steps: int) -> PyTree:
+    """The carry after a step for each row."""
+
+    def segment(carry: PyTree, rows: PyTree) -> tuple[PyTree, None]:
+        return jax.lax.scan(jax.checkpoint(step), carry, rows)
+
     length = _segment_length(steps)
     whole = steps - steps % length
     if whole == length:
-        carry, _ = segment(carry, (starts[:whole], ends[:whole]))
+        carry, _ = segment(carry, jax.tree.map(lambda leaf: leaf[:whole], rows))
     else:
-        segments = starts[:whole].reshape(-1, length), ends[:whole].reshape(-1, length)
+        segments = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, length, *leaf.shape[1:]), rows)
         carry, _ = jax.lax.scan(jax.checkpoint(segment), carry, segments)
     if whole < steps:
-        carry, _ = segment(carry, (starts[whole:], ends[whole:]))
-    x, _, result = carry
-    return x, result
+        carry, _ = segment(carry, jax.tree.map(lambda leaf: leaf[whole:], rows))
+    return carry
 
 
 def _with_plain_stages(solver: PyTree) -> PyTree:

@@ -62,15 +62,16 @@ def exact_history(flow, solver, t_start, x, step, earlier):
     ts = history_times(solver, t_start, step)
     values = tuple(value(t, x) for t, x in zip(ts, earlier, strict=True))
     valid = jnp.ones(len(values), bool)
-    state = eqx.tree_at(lambda s: (s.values, s.ts, s.valid), state, (values, ts, valid))
-    if getattr(state, "base", None) is not None:
+    kept = lambda s: getattr(s, "history", s)  # noqa: E731
+    state = eqx.tree_at(lambda s: (kept(s).values, s.ts, s.valid), state, (values, ts, valid))
+    if getattr(kept(state), "base", None) is not None:
         # The corrector is to find the exact state at the start.
         step_before = Step(
             flow.path, fs.ProbabilityFlow(), t_start, jnp.append(ts, t_start), jnp.ones(len(values) + 1, bool)
         )
         others = (*values[1:], value(t_start, x))
         correction = sum(w * (v - values[0]) for w, v in zip(solver.corrector(step_before), others, strict=True))
-        state = eqx.tree_at(lambda s: s.base, state, x - correction)
+        state = eqx.tree_at(lambda s: s.history.base, state, x - correction)
     return state
 
 

@@ -14,22 +14,26 @@ $$x_s = \text{base} + \sum_j v_j\, (P_j - P_0) \quad \text{with } P_s \text{ amo
 
 and the step goes on from it with that same evaluation: one a step, with the noise z of the base. The history begins
 empty, so that the first steps are of lower order, and is dropped after a jump of the equation.
+
+All that depends on the times alone is in `StepWeights`. On a grid these are a table made before the solve, whose steps
+then only combine states.
 """
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .._numerics import as_scalar, linear_combination, safe_sqrt
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, unwrap
-from ..predictions import AbstractPrediction, Data
+from ..paths import AbstractPath
+from ..predictions import AbstractPrediction, Data, Triple, combine, conversion_weights
 from .base import AbstractFlowSolver, AbstractProbabilityFlowSolver, AbstractStochasticSolver, evaluate
 from .interpolation import StepInterpolation, carry, step_formula, with_differences
 from .nodes import Step, mixture_of
@@ -37,14 +41,43 @@ from .nodes import Step, mixture_of
 __all__ = ["AbstractMultistep"]
 
 
-class MultistepState(eqx.Module):
+class History(eqx.Module):
     """The evaluations of earlier steps, newest first, and what a corrector starts from."""
 
     values: tuple[State, ...]
-    ts: Float[Array, " history"]
-    valid: Bool[Array, " history"]
     #: The base of the step just taken; None without a corrector.
     base: State | None
+
+
+#: P at the nodes of a step, newest first, and what the corrector changed, or None.
+Taken: TypeAlias = tuple[tuple[State, ...], State | None]
+
+
+class MultistepState(eqx.Module):
+    """The history and its times, of which those of steps that were taken are valid."""
+
+    history: History
+    ts: Float[Array, " history"]
+    valid: Bool[Array, " history"]
+
+
+class StepWeights(eqx.Module):
+    """What the equation of one step multiplies states by."""
+
+    #: The time of the evaluation.
+    start: Scalar
+    #: Of the state and the network's output, as `predictions.combine` takes them: P, and the base.
+    value: Triple
+    base: Triple
+    #: Of z.
+    fresh: Scalar
+    #: w, newest first.
+    predictor: Float[Array, " history"]
+    #: v, None without a corrector, and whether there is a step to correct.
+    corrector: Float[Array, " nodes"] | None
+    corrects: Bool[Array, ""]
+    #: Of what the corrector changed.
+    carried: Scalar
 
 
 class AbstractMultistep(AbstractFlowSolver[MultistepState]):
@@ -86,14 +119,67 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
         del t1, args
         field, _, direction = unwrap(terms, type(self).__name__)
         self.check_dynamics(field.dynamics)
-        empty = jax.tree.map(jnp.zeros_like, y0)
         start = -direction * as_scalar(t0)
-        return MultistepState(
-            (empty,) * self.history,
-            jnp.full((self.history,), start),
-            jnp.zeros((self.history,), bool),
-            None if self.corrector is None else empty,
+        ts, valid = jnp.full((self.history,), start), jnp.zeros((self.history,), bool)
+        return MultistepState(self.begin(y0), ts, valid)
+
+    def weights(self, prediction: AbstractPrediction, step: Step) -> StepWeights:
+        """All weights of a step through a flow of this prediction."""
+        path, start = step.path, step.start
+        source = prediction.coefficients(path, start)
+        kept = self.kept(step)
+        alpha, sigma = path.coefficients(step.target)
+        corrector = None
+        if self.corrector is not None:
+            # The step just taken, seen from its own start: its node 0, its history, and its target last.
+            order = jnp.roll(jnp.arange(len(step.ts)), -1)
+            corrector = self.corrector(Step(path, step.dynamics, start, step.ts[order], step.valid[order]))
+        return StepWeights(
+            start=start,
+            value=conversion_weights(path, start, source, mixture_of(self.extrapolated, start)),
+            base=conversion_weights(path, start, source, (alpha, sigma * kept, jnp.ones_like(alpha))),
+            fresh=sigma * safe_sqrt((1 - kept) * (1 + kept)),
+            predictor=self.predictor(step),
+            corrector=corrector,
+            corrects=step.valid[min(1, self.history)],
+            carried=carry(path, start, sigma * kept),
         )
+
+    def table(
+        self,
+        path: AbstractPath,
+        prediction: AbstractPrediction,
+        dynamics: AbstractDynamics,
+        times: Float[Array, " points"],
+    ) -> StepWeights:
+        """The weights of all steps along these path times, stacked."""
+
+        def row(number: Int[Array, ""]) -> StepWeights:
+            places = number - jnp.arange(1 + self.history)
+            ts = times[jnp.maximum(places, 0)]
+            return self.weights(prediction, Step(path, dynamics, times[number + 1], ts, places >= 0))
+
+        return jax.vmap(row)(jnp.arange(len(times) - 1))
+
+    def begin(self, x: State) -> History:
+        """Nothing evaluated yet."""
+        empty = jax.tree.map(jnp.zeros_like, x)
+        return History((empty,) * self.history, None if self.corrector is None else empty)
+
+    def advance(
+        self, weights: StepWeights, x: State, output: State, noise: State | None, history: History
+    ) -> tuple[State, History, Taken]:
+        """The state at the target, from the network's output at the start; the new history; what went into the step."""
+        values = (combine(weights.value, x, output), *history.values)
+        base, change = combine(weights.base, x, output), None
+        if weights.corrector is not None:
+            moved = with_differences(history.base, weights.corrector, (*values[1:], values[0]))
+            change = jax.tree.map(lambda new, old: jnp.where(weights.corrects, new - old, 0), moved, x)
+            base = linear_combination((1.0, weights.carried), (base, change))
+        if noise is not None:
+            base = linear_combination((1.0, weights.fresh), (base, noise))
+        kept = History(values[: self.history], None if weights.corrector is None else base)
+        return with_differences(base, weights.predictor, values), kept, (values, change)
 
     def step(
         self,
@@ -107,39 +193,19 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
     ) -> tuple[State, None, dict[str, Any], MultistepState, diffrax.RESULTS]:
         """One step of the module's equation."""
         field, noise, direction = unwrap(terms, type(self).__name__)
-        path = field.flow.path
         start, target = -direction * as_scalar(t0), -direction * as_scalar(t1)
-        evaluation = evaluate(field, start, y0, args)
-        value = evaluation.mixture(mixture_of(self.extrapolated, start))
-        values = (value, *solver_state.values)
         ts = jnp.concatenate([start[None], solver_state.ts])
         valid = jnp.concatenate([jnp.ones((1,), bool), solver_state.valid & ~jnp.asarray(made_jump)])
-
-        change = None
-        if self.corrector is not None:
-            # The step just taken, seen from its own start: its node 0, its history, and its target last.
-            order = jnp.roll(jnp.arange(len(values)), -1)
-            corrected = self.corrector(Step(path, field.dynamics, start, ts[order], valid[order]))
-            moved = with_differences(solver_state.base, corrected, (*values[1:], value))
-            change = jax.tree.map(lambda new, old: jnp.where(valid[1], new - old, 0), moved, y0)
-
-        step = Step(path, field.dynamics, target, ts, valid)
-        kept = self.kept(step)
-        alpha, sigma = path.coefficients(target)
-        base = evaluation.mixture((alpha, sigma * kept, jnp.ones_like(alpha)))
-        if change is not None:
-            base = linear_combination((1.0, carry(path, start, sigma * kept)), (base, change))
-        if noise is not None:
-            fresh = sigma * safe_sqrt((1 - kept) * (1 + kept))
-            base = linear_combination((1.0, fresh), (base, noise.normal(t0, t1)))
-        y1 = with_differences(base, self.predictor(step), values)
-
+        step = Step(field.flow.path, field.dynamics, target, ts, valid)
+        weights = self.weights(field.flow.prediction, step)
+        evaluation = evaluate(field, start, y0, args)
+        normal = None if noise is None else noise.normal(t0, t1)
+        y1, history, (values, change) = self.advance(weights, y0, evaluation.output, normal, solver_state.history)
         formula = None
         if noise is None:
             formula = step_formula(self, step, direction, evaluation.data_and_noise(), values, change)
         dense_info = {"y0": y0, "y1": y1, "formula": formula}
-        size = self.history
-        state = MultistepState(values[:size], ts[:size], valid[:size], None if self.corrector is None else base)
+        state = MultistepState(history, ts[: self.history], valid[: self.history])
         return y1, None, dense_info, state, diffrax.RESULTS.successful
 
 
