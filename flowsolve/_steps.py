@@ -90,7 +90,7 @@ def _loop(step: Callable, carry: PyTree, rows: PyTree, steps: int) -> PyTree:
     if whole == length:
         carry, _ = segment(carry, jax.tree.map(lambda leaf: leaf[:whole], rows))
     else:
-        segments = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, length, *leaf.shape[1:]), rows)
+        segments = jax.tree.map(lambda leaf: leaf[:whole].reshape(whole // length, length, *leaf.shape[1:]), rows)
         carry, _ = jax.lax.scan(jax.checkpoint(segment), carry, segments)
     if whole < steps:
         carry, _ = segment(carry, jax.tree.map(lambda leaf: leaf[whole:], rows))
