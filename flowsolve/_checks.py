@@ -5,6 +5,7 @@ check becomes `eqx.error_if`, whose returned value must be used. `checked` runs 
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -56,8 +57,9 @@ def checked(function: Callable[..., _T], *arguments: Any) -> _T:
     What is no array in arguments and answer is static, so that a changing number must be an array.
     """
     concrete = is_concrete(arguments)
+    program = _collected_once() if concrete else _collected_while_tracing
     with take_current_trace() if concrete else contextlib.nullcontext():
-        value, bad, numbers, messages = _collected(function, arguments)
+        value, bad, numbers, messages = program(function, arguments)
     if not messages:
         return value
     if not concrete:
@@ -80,7 +82,6 @@ class _Collected:
 _COLLECTING = threading.local()
 
 
-@eqx.filter_jit
 def _collected(function: Callable[..., Any], arguments: Any) -> Any:
     """(value, whether each check failed, the numbers of its message, its message)."""
     before = getattr(_COLLECTING, "checks", None)
@@ -92,6 +93,30 @@ def _collected(function: Callable[..., Any], arguments: Any) -> Any:
     bad = [check[0] for check in collected.checks]
     messages = tuple(check[1] for check in collected.checks)
     return value, jnp.stack(bad) if bad else None, [check[2] for check in collected.checks], messages
+
+
+_collected_while_tracing = eqx.filter_jit(_collected)
+
+
+@functools.cache
+def _collected_once() -> Callable[..., Any]:
+    """The same for a run by itself, which takes microseconds: compiled with the options that make compiling quick."""
+    options = {}
+    for name, value in _QUICK_TO_COMPILE.get(jax.default_backend(), {}).items():
+        # What XLA calls them changes; one that it does not know is an error.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda x: x, compiler_options={name: value}).lower(np.zeros(())).compile()
+            options[name] = value
+    return eqx.filter_jit(_collected, compiler_options=options)
+
+
+_QUICK_TO_COMPILE = {
+    "cpu": {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_parallel_codegen_split_count": 1,
+    }
+}
 
 
 def _filled(message: str, numbers: tuple[Scalar, ...]) -> str:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ._numerics import linear_combination
 from ._types import Args
 from .dynamics import network_output, unwrap
 from .solvers.multistep import AbstractMultistep, StepWeights
@@ -37,11 +38,13 @@ def fixed_steps(
 
     A multistep solver takes its weights from the `table`.
     """
-    if table is None:
-        step, begun = _any_step(terms, solver, ts, x_start, args)
-    else:
+    if table is not None:
         assert isinstance(solver, AbstractMultistep)
         step, begun = _tabulated_step(terms, solver, x_start, args)
+    elif isinstance(solver, diffrax.AbstractERK) and solver.tableau.num_stages == 2 and not solver.tableau.fsal:
+        step, begun = _two_stage_step(terms, solver, args), None
+    else:
+        step, begun = _any_step(terms, solver, ts, x_start, args)
     # The results of Diffrax as arrays, which a loop can carry.
     successful = jax.tree.map(jnp.asarray, diffrax.RESULTS.successful)
     x, _, result = _loop(step, (x_start, begun, successful), (ts[:-1], ts[1:], table), len(ts) - 1)
@@ -77,6 +80,26 @@ def _tabulated_step(
         return (x, history, result), None
 
     return step, solver.begin(x_start)
+
+
+def _two_stage_step(terms: diffrax.AbstractTerm, solver: diffrax.AbstractERK, args: Args) -> Callable:
+    """A step of an explicit Runge-Kutta solver of two stages, written out.
+
+    Diffrax's loop over stages compiles the network once for any number of them. For two it costs more than it saves.
+    """
+    tableau = solver.tableau
+    ((node,), (inner,), outer) = tableau.c, tableau.a_lower[0], tableau.b_sol
+
+    def step(carry: PyTree, row: tuple[Array, Array, None]) -> tuple[PyTree, None]:
+        (x, begun, result), (start, end, _) = carry, row
+        control = terms.contr(start, end)
+        first = terms.vf_prod(start, x, args, control)
+        middle = end if node == 1 else start + node * (end - start)
+        second = terms.vf_prod(middle, linear_combination((1.0, inner), (x, first)), args, control)
+        x = linear_combination((1.0, 1.0), (x, linear_combination(tuple(outer), (first, second))))
+        return (x, begun, result), None
+
+    return step
 
 
 def _loop(step: Callable, carry: PyTree, rows: PyTree, steps: int) -> PyTree:

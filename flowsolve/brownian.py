@@ -39,6 +39,11 @@ class StepNoise(diffrax.AbstractBrownianPath):
 
     def __init__(self, shape: Like, key: PRNGKey, ts: Float[Array, " n"], levy_area: type = diffrax.BrownianIncrement):
         self.shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shape)
+        if len(ts) > 2**17:
+            raise ValueError(
+                f"StepNoise got a grid of {len(ts) - 1} steps, but tells {2**17 - 1} apart: take fewer, or a "
+                "diffrax.VirtualBrownianTree."
+            )
         self.key = key
         self.ts = ts
         self.levy_area = levy_area
@@ -59,15 +64,14 @@ class StepNoise(diffrax.AbstractBrownianPath):
         if t1 is None:
             raise ValueError("StepNoise gives increments over steps: pass both ends, evaluate(t0, t1).")
         length = as_scalar(t1) - as_scalar(t0)
-        key = self._step_key(as_scalar(t0), as_scalar(t1))
+        number = self._number(as_scalar(t0), as_scalar(t1))
         leaves, structure = jax.tree.flatten(self.shape)
-        keys = jax.random.split(key, (len(leaves), 3))
 
-        def draw(column: int, variance: float) -> State:
+        def draw(kind: int, variance: float) -> State:
             noise = [
                 (jnp.sqrt(length * variance)).astype(leaf.dtype)
-                * jax.random.normal(keys[row, column], leaf.shape, leaf.dtype)
-                for row, leaf in enumerate(leaves)
+                * jax.random.normal(self._key(4 * place + kind, number), leaf.shape, leaf.dtype)
+                for place, leaf in enumerate(leaves)
             ]
             return jax.tree.unflatten(structure, noise)
 
@@ -83,11 +87,17 @@ class StepNoise(diffrax.AbstractBrownianPath):
 
     def extra_normal(self, t0: ScalarLike, t1: ScalarLike, number: int | Int[Array, ""]) -> State:
         """Standard normal noise number `number` of a step, independent of its increment and of other numbers."""
-        key = jax.random.fold_in(self._step_key(as_scalar(t0), as_scalar(t1)), 2**20 + number)
-        return normal_like(key, self.shape)
+        key = self._key(3, self._number(as_scalar(t0), as_scalar(t1)))
+        return normal_like(jax.random.fold_in(key, number), self.shape)
 
-    def _step_key(self, t0: Scalar, t1: Scalar) -> PRNGKey:
-        """A key for [t0, t1], from the number of its grid cell and, to 1/64, its place inside the cell."""
+    def _key(self, use: int, number: Int[Array, ""]) -> PRNGKey:
+        """A key for one of several uses of the noise over the interval of this number, which is below 2^31."""
+        # What does not depend on the step is made once, before the loop, and for the use of most solvers not at all.
+        key = self.key if use == 0 else jax.random.fold_in(self.key, 2**31 + use)
+        return jax.random.fold_in(key, number)
+
+    def _number(self, t0: Scalar, t1: Scalar) -> Int[Array, ""]:
+        """A number for [t0, t1], from its grid cell and, to 1/64, its place inside the cell."""
         ts = jax.lax.stop_gradient(self.ts)
         t0, t1 = jax.lax.stop_gradient((t0, t1))
         middle = 0.5 * (t0 + t1)
@@ -95,10 +105,9 @@ class StepNoise(diffrax.AbstractBrownianPath):
         start, end = ts[cell], ts[cell + 1]
 
         def place(t: Scalar) -> Int[Array, ""]:
-            return jnp.round(64 * (t - start) / (end - start)).astype(int)
+            return jnp.round(64 * (t - start) / (end - start)).astype(int) % 128
 
-        key = jax.random.fold_in(self.key, cell)
-        return jax.random.fold_in(key, 128 * place(t0) + place(t1))
+        return (cell * 128 + place(t0)) * 128 + place(t1)
 
 
 class TreeNoise(diffrax.AbstractBrownianPath):

@@ -126,12 +126,17 @@ def conversion_weights(path: AbstractPath, t: Scalar, source: Triple, target: Tr
     return on_x, on_output, c2 * below
 
 
-def combine(weights: Triple, x_t: State, output: State) -> State:
-    """(w_x x_t + w_o output) / denominator: inf, never NaN, where that has no finite value."""
+def quotients(weights: Triple) -> tuple[Scalar, Scalar]:
+    """(w_x, w_o) over the denominator; 1 where that has no finite value."""
     singular = is_singular(weights)
     on_x, on_output, denominator = (jnp.where(singular, 1, weight) for weight in weights)
-    mixed = linear_combination((on_x / denominator, on_output / denominator), (x_t, output))
-    return jax.tree.map(lambda leaf: jnp.where(singular, jnp.inf, leaf), mixed)
+    return on_x / denominator, on_output / denominator
+
+
+def combine(weights: Triple, x_t: State, output: State) -> State:
+    """(w_x x_t + w_o output) / denominator: inf, never NaN, where that has no finite value."""
+    mixed = linear_combination(quotients(weights), (x_t, output))
+    return jax.tree.map(lambda leaf: jnp.where(is_singular(weights), jnp.inf, leaf), mixed)
 
 
 def convert(

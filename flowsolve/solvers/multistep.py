@@ -33,7 +33,7 @@ from .._numerics import as_scalar, linear_combination, safe_sqrt
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, unwrap
 from ..paths import AbstractPath
-from ..predictions import AbstractPrediction, Data, Triple, combine, conversion_weights
+from ..predictions import AbstractPrediction, Data, Triple, conversion_weights, is_singular, quotients
 from .base import AbstractFlowSolver, AbstractProbabilityFlowSolver, AbstractStochasticSolver, evaluate
 from .interpolation import StepInterpolation, carry, step_formula, with_differences
 from .nodes import Step, mixture_of
@@ -66,9 +66,9 @@ class StepWeights(eqx.Module):
 
     #: The time of the evaluation.
     start: Scalar
-    #: Of the state and the network's output, as `predictions.combine` takes them: P, and the base.
-    value: Triple
-    base: Triple
+    #: Of the state and the network's output: P, and the base.
+    value: tuple[Scalar, Scalar]
+    base: tuple[Scalar, Scalar]
     #: Of z.
     fresh: Scalar
     #: w, newest first.
@@ -136,8 +136,8 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
             corrector = self.corrector(Step(path, step.dynamics, start, step.ts[order], step.valid[order]))
         return StepWeights(
             start=start,
-            value=conversion_weights(path, start, source, mixture_of(self.extrapolated, start)),
-            base=conversion_weights(path, start, source, (alpha, sigma * kept, jnp.ones_like(alpha))),
+            value=_divided(conversion_weights(path, start, source, mixture_of(self.extrapolated, start))),
+            base=_divided(conversion_weights(path, start, source, (alpha, sigma * kept, jnp.ones_like(alpha)))),
             fresh=sigma * safe_sqrt((1 - kept) * (1 + kept)),
             predictor=self.predictor(step),
             corrector=corrector,
@@ -170,8 +170,8 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
         self, weights: StepWeights, x: State, output: State, noise: State | None, history: History
     ) -> tuple[State, History, Taken]:
         """The state at the target, from the network's output at the start; the new history; what went into the step."""
-        values = (combine(weights.value, x, output), *history.values)
-        base, change = combine(weights.base, x, output), None
+        values = (linear_combination(weights.value, (x, output)), *history.values)
+        base, change = linear_combination(weights.base, (x, output)), None
         if weights.corrector is not None:
             moved = with_differences(history.base, weights.corrector, (*values[1:], values[0]))
             change = jax.tree.map(lambda new, old: jnp.where(weights.corrects, new - old, 0), moved, x)
@@ -230,3 +230,9 @@ class AbstractSDEMultistep(AbstractMultistep, AbstractStochasticSolver[Multistep
     def kept(self, step: Step) -> Scalar:
         """The share of the noise that the equation itself keeps."""
         return step.kept()
+
+
+def _divided(weights: Triple) -> tuple[Scalar, Scalar]:
+    """The weights of a conversion over their denominator; infinite where it has no finite answer."""
+    on_x, on_output = quotients(weights)
+    return jnp.where(is_singular(weights), jnp.inf, on_x), jnp.where(is_singular(weights), jnp.inf, on_output)

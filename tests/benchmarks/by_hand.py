@@ -37,11 +37,10 @@ def scanned(
     *,
     start_std: float = 1.0,
     begin: Callable[[Batch], tuple] = lambda x: (x,),
-    keys_of_library: bool = False,
 ) -> Program:
     """A scan over a table's rows: step(forward, normal, carry, row) is the next carry, whose first entry is the state.
 
-    The start is that of `fs.sample`; so is the noise of the steps, with `keys_of_library`.
+    The start and the noise of the steps are those of `fs.sample`.
     """
 
     def program(network: eqx.Module, key: Key[Array, ""]) -> Batch:
@@ -56,10 +55,8 @@ def scanned(
 
             def normal() -> Batch:
                 def one(pair: Key[Array, "2"]) -> Array:
-                    key = jax.random.fold_in(pair[1], number)
-                    if keys_of_library:
-                        key = jax.random.split(jax.random.fold_in(key, 64), (1, 3))[0, 0]
-                    return jax.random.normal(key, problem.shape)
+                    # `brownian.StepNoise` numbers the steps so.
+                    return jax.random.normal(jax.random.fold_in(pair[1], 2**14 * number + 64), problem.shape)
 
                 return jax.vmap(one)(keys)
 
@@ -130,12 +127,12 @@ def dpm_solver(problem: Problem, steps: int) -> Program:
     return _dpm_solver(problem, steps, noisy=False)
 
 
-def sde_dpm_solver(problem: Problem, steps: int, **options: bool) -> Program:
+def sde_dpm_solver(problem: Problem, steps: int) -> Program:
     """SDE-DPM-Solver++(2M)."""
-    return _dpm_solver(problem, steps, noisy=True, **options)
+    return _dpm_solver(problem, steps, noisy=True)
 
 
-def _dpm_solver(problem: Problem, steps: int, *, noisy: bool, **options: bool) -> Program:
+def _dpm_solver(problem: Problem, steps: int, *, noisy: bool) -> Program:
     times, alpha, sigma, level = diffusion(steps)
     h = np.diff(level)
     kept = np.exp(-h) if noisy else np.ones(steps)
@@ -158,7 +155,7 @@ def _dpm_solver(problem: Problem, steps: int, *, noisy: bool, **options: bool) -
         -change,
         sigma[1:] * np.sqrt(1 - kept**2),
     )
-    return scanned(problem, table, step, start_std=sigma[0], begin=lambda x: (x, jnp.zeros_like(x)), **options)
+    return scanned(problem, table, step, start_std=sigma[0], begin=lambda x: (x, jnp.zeros_like(x)))
 
 
 def unipc(problem: Problem, steps: int, *, order: int = 3) -> Program:
@@ -202,7 +199,7 @@ def _unipc_weights(nodes: np.ndarray, h: float) -> np.ndarray:
     return b * np.asarray(rho) / nodes
 
 
-def sde_euler(problem: Problem, steps: int, **options: bool) -> Program:
+def sde_euler(problem: Problem, steps: int) -> Program:
     """Euler-Maruyama of the reverse SDE."""
     times, _, sigma, _ = diffusion(steps)
     ds, beta = -np.diff(times), (0.1 + 19.9 * times)[:-1]
@@ -212,7 +209,7 @@ def sde_euler(problem: Problem, steps: int, **options: bool) -> Program:
         return (of_state * x + of_output * forward(t, x) + of_noise * normal(),)
 
     table = columns(times[:-1], 1 + ds * beta / 2, -ds * beta / sigma[:-1], np.sqrt(beta * ds))
-    return scanned(problem, table, step, start_std=sigma[0], **options)
+    return scanned(problem, table, step, start_std=sigma[0])
 
 
 class Method(NamedTuple):
