@@ -101,13 +101,13 @@ _collected_while_tracing = eqx.filter_jit(_collected)
 @functools.cache
 def _collected_once() -> Callable[..., Any]:
     """The same for a run by itself, which takes microseconds: compiled with the options that make compiling quick."""
-    options = {}
+    options: dict[str, Any] = {}
     for name, value in _QUICK_TO_COMPILE.get(jax.default_backend(), {}).items():
         # What XLA calls them changes; one that it does not know is an error.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             jax.jit(lambda x: x, compiler_options={name: value}).lower(np.zeros(())).compile()
             options[name] = value
-    return eqx.filter_jit(_collected, compiler_options=options)
+    return eqx.filter_jit(_collected, compiler_options=options)  # pyright: ignore[reportCallIssue]
 
 
 _QUICK_TO_COMPILE = {

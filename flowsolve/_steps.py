@@ -41,8 +41,8 @@ def fixed_steps(
     if table is not None:
         assert isinstance(solver, AbstractMultistep)
         step, begun = _tabulated_step(terms, solver, x_start, args)
-    elif isinstance(solver, diffrax.AbstractERK) and solver.tableau.num_stages == 2 and not solver.tableau.fsal:
-        step, begun = _two_stage_step(terms, solver, args), None
+    elif (tableau := _two_stages(solver)) is not None:
+        step, begun = _two_stage_step(terms, tableau, args), None
     else:
         step, begun = _any_step(terms, solver, ts, x_start, args)
     # The results of Diffrax as arrays, which a loop can carry.
@@ -82,12 +82,19 @@ def _tabulated_step(
     return step, solver.begin(x_start)
 
 
-def _two_stage_step(terms: diffrax.AbstractTerm, solver: diffrax.AbstractERK, args: Args) -> Callable:
-    """A step of an explicit Runge-Kutta solver of two stages, written out.
+def _two_stages(solver: diffrax.AbstractSolver) -> diffrax.ButcherTableau | None:
+    """The tableau of an explicit Runge-Kutta solver of two stages, None for others."""
+    tableau = solver.tableau if isinstance(solver, diffrax.AbstractERK) else None
+    if not isinstance(tableau, diffrax.ButcherTableau) or tableau.num_stages != 2 or tableau.fsal:
+        return None
+    return tableau
+
+
+def _two_stage_step(terms: diffrax.AbstractTerm, tableau: diffrax.ButcherTableau, args: Args) -> Callable:
+    """A step of two stages written out: k_2 at x + a k_1, and x + b_1 k_1 + b_2 k_2.
 
     Diffrax's loop over stages compiles the network once for any number of them. For two it costs more than it saves.
     """
-    tableau = solver.tableau
     ((node,), (inner,), outer) = tableau.c, tableau.a_lower[0], tableau.b_sol
 
     def step(carry: PyTree, row: tuple[Array, Array, None]) -> tuple[PyTree, None]:

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 from by_hand import METHODS, Problem, floor
 from networks import Dit
-from pages import page_options, show
+from pages import markdown, page_options, show
 from timing import interleaved
-from work_precision_page import markdown
 
 import flowsolve as fs
 

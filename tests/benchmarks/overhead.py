@@ -26,9 +26,8 @@ import jax.numpy as jnp
 from by_hand import METHODS, Method, Problem, Program, floor
 from jaxtyping import Array, Key
 from networks import Dit, Mlp
-from pages import page_options, show
+from pages import markdown, page_options, show
 from timing import interleaved, ratio
-from work_precision_page import markdown
 
 TINY, MLP, WIDE, IMAGE = "MLP 32, B 1", "MLP 512, B 64", "state of 3072, B 32", "DiT, B 4"
 PROBLEMS = {

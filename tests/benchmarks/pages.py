@@ -27,3 +27,10 @@ def show(name: str, heading: str, sections: Iterable[str], options: argparse.Nam
     if options.write:
         options.docs.mkdir(parents=True, exist_ok=True)
         (options.docs / f"{name}.md").write_text(page)
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    header = list(header)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"

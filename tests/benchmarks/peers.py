@@ -22,7 +22,6 @@ each row: one thread or as many as there are cores, the network as it is or unde
 wherever the peer does not take them itself. What was fastest stands behind the peer's name.
 """
 
-import argparse
 import functools
 import math
 import os
@@ -40,7 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from networks import Dit, Mlp
-from timing import interleaved, machine, ratio
+from pages import markdown, page_options, show
+from timing import interleaved, ratio
 
 import flowsolve as fs
 
@@ -315,7 +315,7 @@ def count_evaluations(case: Case, row: Row) -> int:
     return len(calls)
 
 
-def measure(case: Case, row: Row, rounds: int, compiling: bool) -> tuple[str, float]:
+def measure(case: Case, row: Row, rounds: int, compiling: bool) -> tuple[list[str], float]:
     """A line of the table, and the ratio."""
     evaluations = str(count_evaluations(case, row))
     if row.evaluations is not None and str(row.evaluations()) != evaluations:
@@ -329,12 +329,31 @@ def measure(case: Case, row: Row, rounds: int, compiling: bool) -> tuple[str, fl
     found = ratio(times, setup, "flowsolve")
     cells = [case.name, f"{row.peer} ({setup})", row.method, evaluations, f"{difference:.0e}"]
     cells += [f"{1e3 * statistics.median(times[name]):.3g}" for name in (setup, "flowsolve")]
-    return f"| {' | '.join(cells)} | {found:.2f} |", found
+    return [*cells, f"{found:.2f}"], found
+
+
+HEADING = """\
+# Against PyTorch peers
+
+The same weights, noise, solver and times in a peer and in flowsolve, which is called through `fs.batched`. The peer has
+what makes it fastest in each row, which stands behind its name: one thread or one a core, `torch.compile` or not.
+"Difference" is the largest of the two outputs, relative to their root mean square; NFE the network evaluations, of the
+peer and of flowsolve where an adaptive solve takes other steps. Milliseconds are medians of {rounds} interleaved
+rounds, ratios those of the medians, above 1 where flowsolve is faster.
+
+    pip install torch diffusers torchcfm torchdiffeq flow_matching
+    python tests/benchmarks/peers.py
+
+{versions}.
+"""
+
+SUMMARY = """\
+The geometric mean of the {count} ratios is {mean:.2f}; flowsolve is faster in {faster} of the {count} rows.
+"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="small networks and few steps, no torch.compile")
+    parser = page_options(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, help="measurements of each row, 11 by default")
     parser.add_argument("--networks", nargs="+", choices=["tiny", "medium", "image"])
     options = parser.parse_args()
@@ -343,9 +362,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     warnings.simplefilter("ignore")
     check_convention()
-    print("| network | peer | method | NFE | difference | peer ms | flowsolve ms | ratio |")
-    print("|" + "---|" * 8)
-    ratios = []
+    table, ratios = [], []
     for case in cases(options.smoke):
         if options.networks and case.name not in options.networks:
             continue
@@ -353,12 +370,16 @@ def main() -> None:
         for rows in (diffusers_rows, torchcfm_rows, flow_matching_rows):
             for row in rows(case):
                 line, found = measure(case, row, rounds, compiling=not options.smoke)
-                print(line, flush=True)
+                print(*line, sep=" | ", flush=True)
+                table.append(line)
                 ratios.append(found)
-    print(f"\nGeometric mean of {len(ratios)} ratios: {np.exp(np.mean(np.log(ratios))):.2f}; ", end="")
-    print(f"faster in {sum(found > 1 for found in ratios)}.")
-    versions = ", ".join(f"{name} {version(name)}" for name in (*PEERS, "jax", "diffrax", "equinox"))
-    print(f"On {machine()}, {rounds} rounds; {versions}.")
+    header = ["network", "peer", "method", "NFE", "difference", "peer ms", "flowsolve ms", "ratio"]
+    summary = SUMMARY.format(
+        count=len(ratios), mean=np.exp(np.mean(np.log(ratios))), faster=sum(found > 1 for found in ratios)
+    )
+    versions = ", ".join(f"{name} {version(name)}" for name in (*PEERS, "diffrax", "equinox"))
+    heading = HEADING.format(rounds=rounds, versions=versions)
+    show("peers", heading, [summary, markdown(header, table)], options)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 from by_hand import METHODS, Method, Problem, Program, floor  # noqa: E402
 from networks import Mlp  # noqa: E402
-from pages import page_options, show  # noqa: E402
+from pages import markdown, page_options, show  # noqa: E402
 from timing import interleaved  # noqa: E402
-from work_precision_page import markdown  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import matplotlib
 import numpy as np
+from pages import markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -130,13 +130,6 @@ def mean(figures: Figures) -> Table:
 def evaluations_of(table: dict[str, dict]) -> list[str]:
     """The NFE of a table, ascending."""
     return sorted({nfe for row in table.values() for nfe in row}, key=int)
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table."""
-    header = list(header)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def ranked(table: Table) -> list[tuple[str, float]]:
