@@ -6,7 +6,7 @@ off again. Devices do not speak to each other inside (`jax.shard_map`): every ex
 
 To the last bit, where the compiler makes the same code of another number of rows or devices; else to rounding. On a CPU
 XLA rounds products `x @ W` of two or more rows alike; one row alone, and a vmapped `W @ x`, which is how
-`eqx.nn.Linear` has it, may get another matrix kernel, and the weights of a multistep solver other instructions.
+`eqx.nn.Linear` has it, may get another matrix kernel.
 
     log_p = fs.batched(fs.log_prob, mesh=mesh, chunk=256)(flow, x)
 
@@ -146,6 +146,12 @@ def spreading(mesh: Mesh | None, chunk: int | None, progress: bool, shared: PyTr
         import_tqdm("batched")
     if mesh is not None:
         check_type(mesh, Mesh, "mesh", "a jax.sharding.Mesh, such as that of jax.make_mesh")
+        around = jax.sharding.get_abstract_mesh()
+        if not around.empty and around.size != mesh.size:
+            raise ValueError(
+                f"mesh has {mesh.size} devices, but that of jax.set_mesh around the call has {around.size}, and JAX "
+                "wants as many: leave mesh out, or call from outside."
+            )
     chunk = None if chunk is None else check_count(chunk, "batched got chunk")
     found = _ambient() if mesh is None else mesh
     if found is None:

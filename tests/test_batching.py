@@ -42,6 +42,7 @@ X = jax.random.normal(jax.random.key(1), (NUM, 8))
 SETTINGS = {
     "adaptive": {"solver": diffrax.Tsit5(), "controller": PID},
     "stochastic": {"solver": fs.solvers.SDEDPMSolverPP(), "grid": fs.grids.Uniform(5)},
+    "multistep": {"solver": fs.solvers.UniPC(3), "grid": fs.grids.LogSNR(6)},
 }
 # More devices than examples have places for, in parts that do not divide them; chunks that do not divide those.
 SPREADS = {
@@ -66,7 +67,10 @@ def alone():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize(("name", "how"), [*(("adaptive", how) for how in SPREADS), ("stochastic", "4, chunk")])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*(("adaptive", how) for how in SPREADS), *((name, "4, chunk") for name in ("stochastic", "multistep"))],
+)
 def test_samples_are_bitwise_those_of_one_device(name, how, kind, alone):
     shape, chunk = SPREADS[how]
     mesh = mesh_of(shape, kind)
@@ -88,6 +92,16 @@ def test_the_mesh_of_set_mesh_is_used(kind, jit, alone):
         x = (eqx.filter_jit(sample) if jit else sample)(FLOW, KEY)
     np.testing.assert_array_equal(x, alone["adaptive"][:36])
     assert x.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("a")), 2)
+
+
+def test_a_mesh_goes_before_that_of_set_mesh(alone):
+    """One of as many devices; JAX takes no other there, and fs.batched says so."""
+    settings = {"num": NUM, "key": KEY, "args": LABELS, **SETTINGS["stochastic"]}
+    with jax.set_mesh(jax.make_mesh((4,), ("c",), axis_types=(AxisType.Auto,))):
+        x = fs.sample(FLOW, LIKE, mesh=mesh_of((2, 2), AxisType.Auto), **settings)
+        with pytest.raises(ValueError, match="mesh has 2 devices, but that of jax"):
+            fs.sample(FLOW, LIKE, mesh=mesh_of((2,), AxisType.Auto), **settings)
+    np.testing.assert_array_equal(x, alone["stochastic"])
 
 
 @pytest.mark.parametrize("kinds", [("Auto", "Auto"), ("Explicit", "Explicit"), ("Auto", "Explicit")])
