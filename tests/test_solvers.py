@@ -12,7 +12,7 @@ import pytest
 from members import PATHS, SOLVERS, gaussian_flow_map
 
 import flowsolve as fs
-from flowsolve.solvers.nodes import Step, mixture_of
+from flowsolve.solvers.nodes import mixture_of, step_to
 
 COVARIANCE = np.array([[0.5, 0.2], [0.2, 0.3]])
 MEAN = np.array([0.4, -0.7])
@@ -66,7 +66,7 @@ def exact_history(flow, solver, t_start, x, step, earlier):
     state = eqx.tree_at(lambda s: (kept(s).values, s.ts, s.valid), state, (values, ts, valid))
     if getattr(kept(state), "base", None) is not None:
         # The corrector is to find the exact state at the start.
-        step_before = Step(
+        step_before = step_to(
             flow.path, fs.ProbabilityFlow(), t_start, jnp.append(ts, t_start), jnp.ones(len(values) + 1, bool)
         )
         others = (*values[1:], value(t_start, x))

@@ -57,7 +57,7 @@ class DPMSolverPP(AbstractODEMultistep):
             return _second_order(step)
         places, usable = step.places()
         h, _ = step.span()
-        alpha = step.path.coefficients(step.target)[0]
+        alpha = step.end.alpha
         r0 = -places[1]
         r1 = jnp.where(usable[2], places[1] - places[2], 1)
         _, phi_2, phi_3 = phis(3, -h)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from .._numerics import as_scalar, linear_combination
 from .._types import Scalar, ScalarLike, State
 from ..paths import AbstractPath
-from .nodes import Step
+from .nodes import Step, step_to
 
 __all__: list[str] = []
 
@@ -64,7 +64,7 @@ class StepFormula(eqx.Module):
         base = linear_combination((alpha, sigma), (self.data, self.noise))
         if self.change is not None:
             base = linear_combination((1.0, carry(path, self.ts[0], sigma)), (base, self.change))
-        weights = scheme.predictor(Step(path, dynamics, target, self.ts, self.valid))
+        weights = scheme.predictor(step_to(path, dynamics, target, self.ts, self.valid))
         return with_differences(base, weights, self.values)
 
 

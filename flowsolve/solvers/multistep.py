@@ -27,7 +27,8 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from .._numerics import as_scalar, linear_combination, safe_sqrt
 from .._types import Args, Scalar, ScalarLike, State
@@ -36,7 +37,7 @@ from ..paths import AbstractPath
 from ..predictions import AbstractPrediction, Data, Triple, conversion_weights, is_singular, quotients
 from .base import AbstractFlowSolver, AbstractProbabilityFlowSolver, AbstractStochasticSolver, evaluate
 from .interpolation import StepInterpolation, carry, step_formula, with_differences
-from .nodes import Step, mixture_of
+from .nodes import Levels, Step, levels, mixture_of, step_to
 
 __all__ = ["AbstractMultistep"]
 
@@ -128,12 +129,12 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
         path, start = step.path, step.start
         source = prediction.coefficients(path, start)
         kept = self.kept(step)
-        alpha, sigma = path.coefficients(step.target)
+        alpha, sigma = step.end.alpha, step.end.sigma
         corrector = None
         if self.corrector is not None:
             # The step just taken, seen from its own start: its node 0, its history, and its target last.
-            order = jnp.roll(jnp.arange(len(step.ts)), -1)
-            corrector = self.corrector(Step(path, step.dynamics, start, step.ts[order], step.valid[order]))
+            order = np.roll(np.arange(len(step.ts)), -1)
+            corrector = self.corrector(Step(path, step.dynamics, step.begin, step.nodes[order], step.valid[order]))
         return StepWeights(
             start=start,
             value=_divided(conversion_weights(path, start, source, mixture_of(self.extrapolated, start))),
@@ -154,12 +155,14 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
     ) -> StepWeights:
         """The weights of all steps along these path times, stacked."""
 
-        def row(number: Int[Array, ""]) -> StepWeights:
-            places = number - jnp.arange(1 + self.history)
-            ts = times[jnp.maximum(places, 0)]
-            return self.weights(prediction, Step(path, dynamics, times[number + 1], ts, places >= 0))
+        there = levels(path, times)
+        # Row n: the start of step n and its history, newest first; a place before the first stands for none.
+        places = np.arange(len(times) - 1)[:, None] - np.arange(1 + self.history)
 
-        return jax.vmap(row)(jnp.arange(len(times) - 1))
+        def row(end: Levels, nodes: Levels, valid: Bool[Array, " nodes"]) -> StepWeights:
+            return self.weights(prediction, Step(path, dynamics, end, nodes, valid))
+
+        return jax.vmap(row)(there[1:], there[np.maximum(places, 0)], jnp.asarray(places >= 0))
 
     def begin(self, x: State) -> History:
         """Nothing evaluated yet."""
@@ -196,7 +199,7 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
         start, target = -direction * as_scalar(t0), -direction * as_scalar(t1)
         ts = jnp.concatenate([start[None], solver_state.ts])
         valid = jnp.concatenate([jnp.ones((1,), bool), solver_state.valid & ~jnp.asarray(made_jump)])
-        step = Step(field.flow.path, field.dynamics, target, ts, valid)
+        step = step_to(field.flow.path, field.dynamics, target, ts, valid)
         weights = self.weights(field.flow.prediction, step)
         evaluation = evaluate(field, start, y0, args)
         normal = None if noise is None else noise.normal(t0, t1)

@@ -20,6 +20,7 @@ the step (see `dynamics`).
 """
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -36,26 +37,72 @@ from ..predictions import AbstractPrediction, Data, Noise, Triple, Velocity
 __all__ = ["AbstractVariable", "LogSNR", "NoiseRatio", "Time", "VPTime"]
 
 
-def half_log_snr(path: AbstractPath, t: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
-    """(lambda, whether it is finite) at t; 0 with a zero derivative where it is not."""
+class Levels(eqx.Module):
+    """Times of a path, and what it has there."""
+
+    t: Float[Array, "*times"]
+    alpha: Float[Array, "*times"]
+    sigma: Float[Array, "*times"]
+    #: lambda, 0 with a zero derivative where it is infinite; and whether it is finite.
+    half_log_snr: Float[Array, "*times"]
+    finite: Bool[Array, "*times"]
+
+    def __getitem__(self, index: Any) -> "Levels":
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+def level(path: AbstractPath, t: Scalar) -> Levels:
+    """What the path has at one time."""
     alpha, sigma = path.coefficients(t)
     finite = (alpha > 0) & (sigma > 0)
-    return jnp.where(finite, jnp.log(jnp.where(finite, alpha, 1) / jnp.where(finite, sigma, 1)), 0), finite
+    half_log_snr = jnp.where(finite, jnp.log(jnp.where(finite, alpha, 1) / jnp.where(finite, sigma, 1)), 0)
+    return Levels(t, alpha, sigma, half_log_snr, finite)
+
+
+def levels(path: AbstractPath, ts: Float[Array, " times"]) -> Levels:
+    """What the path has at each of several times."""
+    return jax.vmap(lambda t: level(path, t))(ts)
+
+
+def step_to(
+    path: AbstractPath,
+    dynamics: AbstractDynamics,
+    target: Scalar,
+    ts: Float[Array, " nodes"],
+    valid: Bool[Array, " nodes"],
+) -> "Step":
+    """The step to `target` from the first of `ts`."""
+    return Step(path, dynamics, level(path, target), levels(path, ts), valid)
 
 
 class Step(eqx.Module):
-    """A step to `target` from node 0 of `ts`; the other nodes are further evaluations, used where `valid`."""
+    """A step to `end` from node 0; the other nodes are further evaluations, used where `valid`."""
 
     path: AbstractPath
     dynamics: AbstractDynamics
-    target: Scalar
-    ts: Float[Array, " nodes"]
+    end: Levels
+    nodes: Levels
     valid: Bool[Array, " nodes"]
+
+    @property
+    def begin(self) -> Levels:
+        """What the path has where the step starts."""
+        return self.nodes[0]
+
+    @property
+    def target(self) -> Scalar:
+        """The time that the step reaches."""
+        return self.end.t
+
+    @property
+    def ts(self) -> Float[Array, " nodes"]:
+        """The times of the nodes."""
+        return self.nodes.t
 
     @property
     def start(self) -> Scalar:
         """The time that the step leaves."""
-        return self.ts[0]
+        return self.nodes.t[0]
 
     def latest(self, count: int | Int[Array, ""]) -> "Step":
         """The same step with the first `count` nodes alone."""
@@ -67,13 +114,12 @@ class Step(eqx.Module):
 
     def ratio(self) -> Scalar:
         """k sigma_s/sigma_t, the factor of the state in the data form; 0 from sigma = 0, where it is not used."""
-        sigma_from = self.path.coefficients(self.start)[1]
-        sigma_to = self.path.coefficients(self.target)[1]
-        return jnp.where(sigma_from == 0, 0, self.kept() * sigma_to / jnp.where(sigma_from == 0, 1, sigma_from))
+        sigma = self.nodes.sigma[0]
+        return jnp.where(sigma == 0, 0, self.kept() * self.end.sigma / jnp.where(sigma == 0, 1, sigma))
 
     def data_weight(self) -> Scalar:
         """alpha_s - alpha_t k sigma_s/sigma_t, the weight of constant data: sigma_s times the integral dy."""
-        return self.path.coefficients(self.target)[0] - self.path.coefficients(self.start)[0] * self.ratio()
+        return self.end.alpha - self.nodes.alpha[0] * self.ratio()
 
     def linear_weight(self) -> Scalar:
         r"""sigma_s times the integral over dy of the place in the step, which runs from 0 to 1 over it.
@@ -81,32 +127,29 @@ class Step(eqx.Module):
         The place is linear in lambda, on the probability flow alone; from alpha = 0 in alpha/sigma.
         """
         h, proper = self.span()
-        alpha = self.path.coefficients(self.target)[0]
-        from_noise = self.path.coefficients(self.start)[0] == 0
-        return alpha * jnp.where(proper, h * phis(2, -h)[1], jnp.where(from_noise, 0.5, 0))
+        from_noise = self.nodes.alpha[0] == 0
+        return self.end.alpha * jnp.where(proper, h * phis(2, -h)[1], jnp.where(from_noise, 0.5, 0))
 
     def span(self) -> tuple[Scalar, Bool[Array, ""]]:
         """h = lambda_s - lambda_t and whether it is finite and not 0; 1 where it is not."""
-        (first, first_finite), (last, last_finite) = (half_log_snr(self.path, t) for t in (self.start, self.target))
-        proper = first_finite & last_finite & (first != last)
+        first, last = self.nodes.half_log_snr[0], self.end.half_log_snr
+        proper = self.nodes.finite[0] & self.end.finite & (first != last)
         return jnp.where(proper, last - first, 1), proper
 
     def places(self) -> tuple[Float[Array, " nodes"], Bool[Array, " nodes"]]:
         """(lambda_j - lambda_0)/h of every node, 0 at node 0 and 1 at the target, and which can be used."""
-        level, finite = jax.vmap(lambda t: half_log_snr(self.path, t))(self.ts)
         h, proper = self.span()
-        usable = self.valid & finite & proper
-        return jnp.where(usable, (level - level[0]) / h, 1), usable
+        usable = self.valid & self.nodes.finite & proper
+        return jnp.where(usable, (self.nodes.half_log_snr - self.nodes.half_log_snr[0]) / h, 1), usable
 
 
 def intermediate_time(path: AbstractPath, start: Scalar, target: Scalar, fraction: ScalarLike) -> Scalar:
     """The time at `fraction` of a step in lambda; in alpha/sigma from alpha = 0, in sigma/alpha onto sigma = 0."""
-    (alpha_from, sigma_from), (alpha_to, sigma_to) = (path.coefficients(t) for t in (start, target))
-    (first, first_finite), (last, last_finite) = (half_log_snr(path, t) for t in (start, target))
-    middle = first + fraction * (last - first)
-    proper = first_finite & last_finite
-    rest = jnp.where(alpha_from == 0, fraction * alpha_to, alpha_from)
-    noise = jnp.where(sigma_to == 0, (1 - fraction) * sigma_from, sigma_to)
+    begin, end = level(path, start), level(path, target)
+    middle = begin.half_log_snr + fraction * (end.half_log_snr - begin.half_log_snr)
+    proper = begin.finite & end.finite
+    rest = jnp.where(begin.alpha == 0, fraction * end.alpha, begin.alpha)
+    noise = jnp.where(end.sigma == 0, (1 - fraction) * begin.sigma, end.sigma)
     alpha = jnp.where(proper, jnp.exp(0.5 * jax.nn.log_sigmoid(2 * middle)), rest)
     sigma = jnp.where(proper, jnp.exp(0.5 * jax.nn.log_sigmoid(-2 * middle)), noise)
     return path.time_at(alpha, sigma)
@@ -139,7 +182,8 @@ class LogSNR(AbstractVariable):
     """tau = lambda = ln(alpha/sigma), half the log-SNR."""
 
     def at(self, path: AbstractPath, t: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
-        return half_log_snr(path, t)
+        there = level(path, t)
+        return there.half_log_snr, there.finite
 
     def along(self, path: AbstractPath, level: Scalar) -> Scalar:
         del path
@@ -213,12 +257,12 @@ def check_extrapolated(prediction: AbstractPrediction, solver_name: str) -> Abst
 
 def constant_weight(prediction: AbstractPrediction, step: Step) -> Scalar:
     """c_s times the integral of dy over the step, 0 where it is infinite."""
+    begin, alpha, sigma = step.begin, step.end.alpha, step.end.sigma
     if isinstance(prediction, Data):
-        return jnp.where(step.path.coefficients(step.start)[1] == 0, 0, step.data_weight())
-    (alpha_from, sigma_from), (alpha, sigma) = (step.path.coefficients(t) for t in (step.start, step.target))
+        return jnp.where(begin.sigma == 0, 0, step.data_weight())
     if isinstance(prediction, Noise):
-        return jnp.where(alpha_from == 0, 0, sigma - alpha * sigma_from / jnp.where(alpha_from == 0, 1, alpha_from))
-    return sigma - sigma_from * (alpha + sigma) / (alpha_from + sigma_from)
+        return jnp.where(begin.alpha == 0, 0, sigma - alpha * begin.sigma / jnp.where(begin.alpha == 0, 1, begin.alpha))
+    return sigma - begin.sigma * (alpha + sigma) / (begin.alpha + begin.sigma)
 
 
 def basis(at: Scalar, nodes: Float[Array, " nodes"], usable: Bool[Array, " nodes"]) -> Float[Array, " nodes"]:
@@ -244,12 +288,12 @@ def lagrange_weights(prediction: AbstractPrediction, variable: AbstractVariable,
     path, zero = step.path, jnp.zeros_like(step.target)
     taus, finite = jax.vmap(lambda t: variable.at(path, t))(step.ts)
     usable = step.valid & finite
-    (alpha_from, sigma_from), (alpha, sigma) = (path.coefficients(t) for t in (step.start, step.target))
-    (first, first_finite), (last, last_finite) = (half_log_snr(path, t) for t in (step.start, step.target))
+    alpha_from, sigma_from, alpha, sigma = step.nodes.alpha[0], step.nodes.sigma[0], step.end.alpha, step.end.sigma
+    first, last = step.nodes.half_log_snr[0], step.end.half_log_snr
     to_data, to_noise = sigma == 0, alpha == 0
     # Infinite ends: as far away as counts, on the side on which they lie.
-    last = jnp.where(last_finite, last, first + jnp.where(to_data, _LONGEST, -_LONGEST))
-    first = jnp.where(first_finite, first, last + jnp.where(sigma_from == 0, _LONGEST, -_LONGEST))
+    last = jnp.where(step.end.finite, last, first + jnp.where(to_data, _LONGEST, -_LONGEST))
+    first = jnp.where(step.nodes.finite[0], first, last + jnp.where(sigma_from == 0, _LONGEST, -_LONGEST))
 
     # The density is largest at `anchor`, to which all exponentials are relative.
     if isinstance(prediction, Data):
@@ -312,6 +356,6 @@ def vandermonde_weights(
 
 def trapezoid_from_noise(step: Step) -> Float[Array, " history"]:
     """The corrector of a step from alpha = 0, where lambda is infinite: half the weight of the data at the target."""
-    from_noise = step.path.coefficients(step.start)[0] == 0
+    from_noise = step.nodes.alpha[0] == 0
     last = jnp.arange(1, len(step.ts)) == len(step.ts) - 1
     return jnp.where(last & from_noise, step.data_weight() / 2, 0)

@@ -51,6 +51,7 @@ from .nodes import (
     intermediate_time,
     lagrange_weights,
     mixture_of,
+    step_to,
 )
 
 __all__ = ["SEEDS2", "DPMSolverPPSinglestep", "EDMHeun"]
@@ -96,7 +97,7 @@ class AbstractSinglestep(AbstractMemorylessSolver):
         start, target = -direction * as_scalar(t0), -direction * as_scalar(t1)
 
         def single(to: Scalar) -> Step:
-            return Step(path, dynamics, to, start[None], jnp.ones((1,), bool))
+            return step_to(path, dynamics, to, start[None], jnp.ones((1,), bool))
 
         def value(evaluation: Evaluation) -> State:
             return evaluation.mixture(mixture_of(self.extrapolated, evaluation.t))
@@ -129,7 +130,7 @@ class AbstractSinglestep(AbstractMemorylessSolver):
 
         formula = None
         if noise is None:
-            ends = Step(path, dynamics, target, jnp.stack([start, times[-1]]), jnp.ones((2,), bool))
+            ends = step_to(path, dynamics, target, jnp.stack([start, times[-1]]), jnp.ones((2,), bool))
             scheme = _Interpolant(self.extrapolated, self.variable)
             formula = step_formula(scheme, ends, direction, evaluation.data_and_noise(), (values[0], values[-1]))
         return y1, error, {"y0": y0, "y1": y1, "formula": formula}, None, diffrax.RESULTS.successful
@@ -156,7 +157,7 @@ def _more_noise(dynamics, path, noise, drawn, t_from, t_to) -> State:
 
 
 def _onto_clean(step: Step) -> Any:
-    return step.path.coefficients(step.target)[1] == 0
+    return step.end.sigma == 0
 
 
 class DPMSolverPPSinglestep(
@@ -297,7 +298,7 @@ class EDMHeun(AbstractSinglestep, AbstractProbabilityFlowSolver[None], diffrax.A
         """The trapezoid; from alpha = 0, where sigma/alpha is infinite, Euler's step."""
         half = constant_weight(Noise(), step) / 2
         # There the change of the noise itself tells how far off Euler is.
-        estimate = jnp.where(half == 0, step.path.coefficients(step.target)[1], half)
+        estimate = jnp.where(half == 0, step.end.sigma, half)
         return (jnp.where(_onto_clean(step), 0, half),), (estimate,)
 
 

@@ -90,4 +90,4 @@ class ERSDE(AbstractSDEMultistep):
     def predictor(self, step: Step) -> Float[Array, " history"]:
         """The integrals of the Lagrange polynomials in sigma/alpha."""
         weights = lagrange_weights(Data(), NoiseRatio(), step)[1:]
-        return jnp.where(step.path.coefficients(step.target)[1] == 0, 0, weights)
+        return jnp.where(step.end.sigma == 0, 0, weights)

@@ -28,7 +28,7 @@ from ..predictions import Data
 from .base import AbstractGridAwareSolver, AbstractProbabilityFlowSolver, error_scale, evaluate
 from .interpolation import StepInterpolation, carry, step_formula, with_differences
 from .multistep import AbstractODEMultistep, MultistepState
-from .nodes import Step, basis_to_clean, trapezoid_from_noise, vandermonde_weights
+from .nodes import Step, basis_to_clean, step_to, trapezoid_from_noise, vandermonde_weights
 
 __all__ = ["AdaptiveUniPC", "UniPC"]
 
@@ -111,8 +111,7 @@ def _weights(step: Step, bh: int) -> Float[Array, " history"]:
     moments = factorials * phis(len(places) + 1, -h)[1:] * (h / b)
     rho = vandermonde_weights(places, usable, moments)
     rho = jnp.where(jnp.sum(usable) == 1, 0.5, rho)
-    alpha = step.path.coefficients(step.target)[0]
-    return jnp.where(usable, alpha * b * rho / places, 0)
+    return jnp.where(usable, step.end.alpha * b * rho / places, 0)
 
 
 class AdaptiveState(eqx.Module):
@@ -184,15 +183,15 @@ class AdaptiveUniPC(AbstractProbabilityFlowSolver[AdaptiveState], diffrax.Abstra
         ts = jnp.concatenate([start[None], state.ts])
         valid = jnp.concatenate([jnp.ones((1,), bool), state.valid])
         values = (state.data, *state.values)
-        predicting = Step(path, field.dynamics, target, ts, valid)
-        alpha, sigma = path.coefficients(target)
+        predicting = step_to(path, field.dynamics, target, ts, valid)
+        alpha, sigma = predicting.end.alpha, predicting.end.sigma
         base = linear_combination((alpha, sigma, carry(path, start, sigma)), (state.data, state.noise, state.change))
         usual, longer = _weights(predicting.latest(self.max_order), self.bh), _weights(predicting, self.bh)
         predicted = with_differences(base, usual, values)
         data, noise = evaluate(field, target, predicted, args).data_and_noise()
         h, proper = predicting.span()
         # The history reaches one evaluation further back than the scheme does.
-        correcting = Step(path, field.dynamics, target, *_with_target(predicting.latest(self.max_order)))
+        correcting = _with_target(predicting.latest(self.max_order))
         corrector = jnp.where(proper, _weights(correcting, self.bh), trapezoid_from_noise(correcting))
         y1 = with_differences(base, corrector, (*values, data))
         change = linear_combination((1.0, -1.0), (y1, predicted))
@@ -216,9 +215,10 @@ class AdaptiveUniPC(AbstractProbabilityFlowSolver[AdaptiveState], diffrax.Abstra
         return y1, error, {"y0": y0, "y1": y1, "formula": formula}, new_state, diffrax.RESULTS.successful
 
 
-def _with_target(step: Step) -> tuple[Float[Array, " nodes"], Bool[Array, " nodes"]]:
-    """The nodes of a step and its target as the last one."""
-    return jnp.concatenate([step.ts, step.target[None]]), jnp.concatenate([step.valid, jnp.ones((1,), bool)])
+def _with_target(step: Step) -> Step:
+    """The same step with its target as the last node."""
+    nodes = jax.tree.map(lambda nodes, end: jnp.append(nodes, end), step.nodes, step.end)
+    return Step(step.path, step.dynamics, step.end, nodes, jnp.append(step.valid, True))
 
 
 class _Corrected(eqx.Module):
