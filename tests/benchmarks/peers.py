@@ -157,7 +157,7 @@ def solve(flow: fs.AbstractFlow, case: Case, **settings: Any) -> tuple[Callable[
     """flowsolve's samples from the noise, and its number of network evaluations."""
     batched, x = fs.batched(eqx.Partial(fs.solve, **settings)), jnp.asarray(case.x)
     return (
-        lambda: jax.block_until_ready(batched(flow, x).ys)[:, -1],
+        lambda: jax.block_until_ready(batched(flow, x).ys),
         lambda: int(jnp.max(batched(flow, x).stats["nfe"])),
     )
 
@@ -321,15 +321,33 @@ def measure(case: Case, row: Row, rounds: int, compiling: bool) -> tuple[list[st
     if row.evaluations is not None and str(row.evaluations()) != evaluations:
         evaluations = f"{evaluations} and {row.evaluations()}"
     theirs, ours = setups(case, row, compiling), np.asarray(row.ours())
+    if row.evaluations is not None:
+        ours = ours[:, -1]  # the last of the times that a solve saves
     what = f"{row.peer}, {row.method}, on {case.name}"
     difference = max(check_equal(what, call().numpy(), ours) for call in theirs.values())
     # A machine that is not idle is hardest on several threads: the set-up is chosen by the same rounds as the ratio.
-    times = interleaved({**theirs, "flowsolve": row.ours}, rounds=rounds)
+    times = interleaved({**theirs, "flowsolve": row.ours, **networks(case, row, evaluations)}, rounds=rounds)
     setup = fastest(times, theirs)
     found = ratio(times, setup, "flowsolve")
     cells = [case.name, f"{row.peer} ({setup})", row.method, evaluations, f"{difference:.0e}"]
-    cells += [f"{1e3 * statistics.median(times[name]):.3g}" for name in (setup, "flowsolve")]
+    cells += [
+        f"{1e3 * statistics.median(times[name]):.3g}" if name in times else "-"
+        for name in (setup, "flowsolve", "network in JAX")
+    ]
     return [*cells, f"{found:.2f}"], found
+
+
+def networks(case: Case, row: Row, evaluations: str) -> dict[str, Callable[[], object]]:
+    """As many forward passes in a chain, which no solver in JAX can beat; nothing where more than those are taken."""
+    if row.gradients:
+        return {}
+    times = jnp.linspace(1.0, 0.0, int(evaluations.split()[-1]))
+
+    def forward(x: Array, t: Array) -> tuple[Array, None]:
+        return jax.vmap(lambda x: case.network(t, x))(x), None
+
+    chain, x = jax.jit(lambda x: jax.lax.scan(forward, x, times)[0]), jnp.asarray(case.x)
+    return {"network in JAX": lambda: jax.block_until_ready(chain(x))}
 
 
 HEADING = """\
@@ -339,7 +357,8 @@ The same weights, noise, solver and times in a peer and in flowsolve, which is c
 what makes it fastest in each row, which stands behind its name: one thread or one a core, `torch.compile` or not.
 "Difference" is the largest of the two outputs, relative to their root mean square; NFE the network evaluations, of the
 peer and of flowsolve where an adaptive solve takes other steps. Milliseconds are medians of {rounds} interleaved
-rounds, ratios those of the medians, above 1 where flowsolve is faster.
+rounds, ratios those of the medians, above 1 where flowsolve is faster. "Network in JAX" is as many forward passes
+alone, in one program: where a peer is faster than that its network is, and no solver in JAX could be faster.
 
     pip install torch diffusers torchcfm torchdiffeq flow_matching
     python tests/benchmarks/peers.py
@@ -373,7 +392,7 @@ def main() -> None:
                 print(*line, sep=" | ", flush=True)
                 table.append(line)
                 ratios.append(found)
-    header = ["network", "peer", "method", "NFE", "difference", "peer ms", "flowsolve ms", "ratio"]
+    header = ["network", "peer", "method", "NFE", "difference", "peer ms", "flowsolve ms", "network in JAX ms", "ratio"]
     summary = SUMMARY.format(
         count=len(ratios), mean=np.exp(np.mean(np.log(ratios))), faster=sum(found > 1 for found in ratios)
     )

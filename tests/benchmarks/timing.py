@@ -20,8 +20,8 @@ def interleaved(
     """Seconds of one call of each competitor, measured once a round.
 
     Every call must wait for its own result (`jax.block_until_ready`). All have been called once before the clock
-    runs. A measurement is of as many calls on end as take `least` seconds, the same number for all; each round
-    begins with another competitor.
+    runs. A measurement is of as many calls on end as take `least` seconds, the same number for all, after one that is
+    not measured: another's threads may still spin. Each round begins with another competitor.
     """
     spent = []
     for call in competitors.values():
@@ -33,6 +33,7 @@ def interleaved(
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            competitors[name]()
             times[name].append(_seconds(competitors[name], repeats))
     return times
 
