@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ._checks import check_count, check_key
 from ._numerics import normal_like, tree_dot
@@ -39,7 +39,7 @@ class AbstractDivergence(eqx.Module):
 
 
 class Exact(AbstractDivergence):
-    """The trace of the Jacobian: d forward derivatives from one linearisation, d the number of elements.
+    """The trace of the Jacobian: d forward derivatives beside one evaluation, d the number of elements.
 
     **Arguments:** `batch_size`: how many basis directions at once; None takes all d, which needs d times the memory of
     one evaluation.
@@ -58,14 +58,27 @@ class Exact(AbstractDivergence):
 
     def apply(self, field: Callable[[State], State], x: State, probes: PyTree) -> tuple[State, Scalar]:
         del probes
-        value, derivative = jax.linearize(field, x)
         flat, unravel = ravel_pytree(x)
+        indices = jnp.arange(flat.size)
 
-        def diagonal_entry(index):
-            basis = jnp.zeros_like(flat).at[index].set(1)
-            return ravel_pytree(derivative(unravel(basis)))[0][index]
+        def direction(index: Int[Array, ""]) -> State:
+            return unravel(jnp.zeros_like(flat).at[index].set(1))
 
-        entries = jax.lax.map(diagonal_entry, jnp.arange(flat.size), batch_size=self.batch_size or flat.size)
+        def element(derivative: State, index: Int[Array, ""]) -> Scalar:
+            return ravel_pytree(derivative)[0][index]
+
+        if self.batch_size is None:
+
+            def along(index: Int[Array, ""]) -> tuple[State, Scalar]:
+                value, derivative = jax.jvp(field, (x,), (direction(index),))
+                return value, element(derivative, index)
+
+            # The value does not depend on the direction, and is computed once.
+            value, entries = jax.vmap(along, out_axes=(None, 0))(indices)
+        else:
+            # The batches share one linearisation, which keeps the activations of the network.
+            value, linear = jax.linearize(field, x)
+            entries = jax.lax.map(lambda i: element(linear(direction(i)), i), indices, batch_size=self.batch_size)
         return value, jnp.sum(entries)
 
 
@@ -102,5 +115,10 @@ class Hutchinson(AbstractDivergence):
         return jax.vmap(lambda k: self.distribution(k, like))(jax.random.split(key, self.num_probes))
 
     def apply(self, field: Callable[[State], State], x: State, probes: PyTree) -> tuple[State, Scalar]:
-        value, derivative = jax.linearize(field, x)
-        return value, jnp.mean(jax.vmap(lambda probe: tree_dot(probe, derivative(probe)))(probes))
+        def along(probe: State) -> tuple[State, Scalar]:
+            value, derivative = jax.jvp(field, (x,), (probe,))
+            return value, tree_dot(probe, derivative)
+
+        # The value does not depend on the probe, and is computed once.
+        value, products = jax.vmap(along, out_axes=(None, 0))(probes)
+        return value, jnp.mean(products)
