@@ -11,19 +11,23 @@ Up to 64 steps are one segment, which keeps every state, for two. Derivatives of
 
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ._numerics import linear_combination
-from ._types import Args
+from ._types import Args, Scalar
 from .dynamics import network_output, unwrap
 from .solvers.multistep import AbstractMultistep, StepWeights
 
 _ONE_SEGMENT = 64
+
+#: The number of a step, its two ends, and its weights where the solver has a table.
+Row: TypeAlias = tuple[Int[Array, ""], Scalar, Scalar, StepWeights | None]
 
 
 def fixed_steps(
@@ -47,7 +51,8 @@ def fixed_steps(
         step, begun = _any_step(terms, solver, ts, x_start, args)
     # The results of Diffrax as arrays, which a loop can carry.
     successful = jax.tree.map(jnp.asarray, diffrax.RESULTS.successful)
-    x, _, result = _loop(step, (x_start, begun, successful), (ts[:-1], ts[1:], table), len(ts) - 1)
+    rows = jnp.arange(len(ts) - 1), ts[:-1], ts[1:], table
+    x, _, result = _loop(step, (x_start, begun, successful), rows, len(ts) - 1)
     return x, result
 
 
@@ -57,9 +62,9 @@ def _any_step(
     """A step, and what the solver carries at first."""
     solver = jax.tree.map(_with_plain_stages, solver, is_leaf=lambda node: hasattr(node, "scan_kind"))
 
-    def step(carry: PyTree, row: tuple[Array, Array, None]) -> tuple[PyTree, None]:
-        x, state, result = carry
-        x, _, _, state, found = solver.step(terms, row[0], row[1], x, args, state, jnp.asarray(False))
+    def step(carry: PyTree, row: Row) -> tuple[PyTree, None]:
+        (x, state, result), (_, start, end, _) = carry, row
+        x, _, _, state, found = solver.step(terms, start, end, x, args, state, jnp.asarray(False))
         result = diffrax.RESULTS.where(result == diffrax.RESULTS.successful, found, result)
         return (x, state, result), None
 
@@ -72,10 +77,11 @@ def _tabulated_step(
     """The same for a solver of which all but the states is in a table."""
     field, noise, _ = unwrap(terms, type(solver).__name__)
 
-    def step(carry: PyTree, row: tuple[Array, Array, StepWeights]) -> tuple[PyTree, None]:
-        (x, history, result), (start, end, weights) = carry, row
+    def step(carry: PyTree, row: Row) -> tuple[PyTree, None]:
+        (x, history, result), (number, _, _, weights) = carry, row
+        assert weights is not None
         output = network_output(field.flow, weights.start, x, args)
-        normal = None if noise is None else noise.normal(start, end)
+        normal = None if noise is None else noise.step_normal(number)
         x, history, _ = solver.advance(weights, x, output, normal, history)
         return (x, history, result), None
 
@@ -97,8 +103,8 @@ def _two_stage_step(terms: diffrax.AbstractTerm, tableau: diffrax.ButcherTableau
     """
     ((node,), (inner,), outer) = tableau.c, tableau.a_lower[0], tableau.b_sol
 
-    def step(carry: PyTree, row: tuple[Array, Array, None]) -> tuple[PyTree, None]:
-        (x, begun, result), (start, end, _) = carry, row
+    def step(carry: PyTree, row: Row) -> tuple[PyTree, None]:
+        (x, begun, result), (_, start, end, _) = carry, row
         control = terms.contr(start, end)
         first = terms.vf_prod(start, x, args, control)
         middle = end if node == 1 else start + node * (end - start)

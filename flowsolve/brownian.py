@@ -85,6 +85,15 @@ class StepNoise(diffrax.AbstractBrownianPath):
             return diffrax.SpaceTimeLevyArea(dt=dt, W=increment, H=draw(1, 1 / 12))
         return diffrax.SpaceTimeTimeLevyArea(dt=dt, W=increment, H=draw(1, 1 / 12), K=draw(2, 1 / 720))
 
+    def normal(self, step: Int[Array, ""]) -> State:
+        """The increment over a whole step of the grid, by its number, in unit variance."""
+        number = _interval(step, jnp.zeros_like(step), jnp.full_like(step, 64))
+        leaves, structure = jax.tree.flatten(self.shape)
+        noise = [
+            jax.random.normal(self._key(4 * place, number), leaf.shape, leaf.dtype) for place, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, noise)
+
     def extra_normal(self, t0: ScalarLike, t1: ScalarLike, number: int | Int[Array, ""]) -> State:
         """Standard normal noise number `number` of a step, independent of its increment and of other numbers."""
         key = self._key(3, self._number(as_scalar(t0), as_scalar(t1)))
@@ -107,7 +116,12 @@ class StepNoise(diffrax.AbstractBrownianPath):
         def place(t: Scalar) -> Int[Array, ""]:
             return jnp.round(64 * (t - start) / (end - start)).astype(int) % 128
 
-        return (cell * 128 + place(t0)) * 128 + place(t1)
+        return _interval(cell, place(t0), place(t1))
+
+
+def _interval(cell: Int[Array, ""], start: Int[Array, ""], end: Int[Array, ""]) -> Int[Array, ""]:
+    """The number of an interval, from its cell and its two ends in 64ths of it."""
+    return (cell * 128 + start) * 128 + end
 
 
 class TreeNoise(diffrax.AbstractBrownianPath):
@@ -170,13 +184,19 @@ class NoiseSource(eqx.Module):
         length = jnp.where(end > start, end - start, 1)
         return linear_combination((1 / jnp.sqrt(length),), (self.term.contr(start, end),))
 
+    def step_normal(self, step: Int[Array, ""]) -> State:
+        """The same over a whole step of a fixed grid, by its number, see `StepNoise.normal`."""
+        return self._step_noise().normal(step)
+
     def extra_normal(self, s0: ScalarLike, s1: ScalarLike, number: int | Int[Array, ""]) -> State:
         """Standard normal noise of the step beyond its Brownian increment, see `StepNoise.extra_normal`."""
+        return self._step_noise().extra_normal(as_scalar(s0), as_scalar(s1), number)
+
+    def _step_noise(self) -> Any:
         control = getattr(getattr(self.term, "term", self.term), "control", None)
-        draw = getattr(control, "extra_normal", None)
-        if draw is None:
+        if not hasattr(control, "extra_normal"):
             raise TypeError(
                 f"A solver that draws several noises in a step got a Brownian path of type {type(control).__name__}, "
                 "but wants brownian.StepNoise, on a fixed grid."
             )
-        return draw(as_scalar(s0), as_scalar(s1), number)
+        return control

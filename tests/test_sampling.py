@@ -106,6 +106,19 @@ def test_step_noise_depends_on_the_step_and_not_on_rounding():
     assert not np.allclose(first / jnp.sqrt(2.0), noise.evaluate(middle, ts[4]), atol=1e-2)
 
 
+@pytest.mark.quick
+def test_step_noise_by_the_number_of_a_step_is_that_over_the_step():
+    """For every leaf, and the leaves are independent of each other."""
+    ts = jnp.linspace(-1.0, 0.0, 11) ** 3
+    noise = fs.brownian.StepNoise({"a": LIKE, "b": LIKE}, KEY, ts)
+    for step in (0, 4, 9):
+        increment, unit = noise.evaluate(ts[step], ts[step + 1]), noise.normal(jnp.asarray(step))
+        scale = jnp.sqrt(ts[step + 1] - ts[step])
+        for name in ("a", "b"):
+            np.testing.assert_allclose(scale * unit[name], increment[name], rtol=1e-6)
+        assert not np.allclose(unit["a"], unit["b"], atol=1e-2)
+
+
 def test_step_noise_has_the_moments_of_brownian_motion():
     """W ~ N(0, h), H ~ N(0, h/12), K ~ N(0, h/720), independent, within 4 standard errors."""
     shape = jax.ShapeDtypeStruct((20_000,), jnp.float32)
