@@ -187,7 +187,7 @@ def describe(tree: Like) -> str:
 
     def leaf_text(leaf: object) -> str:
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-            return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"  # pyright: ignore
+            return f"{leaf.dtype.name}{list(leaf.shape)}"  # pyright: ignore
         return type(leaf).__name__
 
     return str(jax.tree.map(leaf_text, tree)).replace("'", "")

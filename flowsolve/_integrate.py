@@ -14,7 +14,7 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._checks import check_type, is_concrete
+from ._checks import check_count, check_type, is_concrete
 from ._numerics import all_finite
 from ._settings import Settings
 from ._steps import fixed_steps
@@ -58,7 +58,8 @@ def integrate(
         return _last_of_grid(terms, settings, x_start, args)
     if settings.ts is None:
         assert settings.controller is not None
-        controller, steps = settings.controller, max_steps
+        steps = None if max_steps is None else check_count(max_steps, "max_steps")
+        controller = settings.controller
     else:
         controller, steps = diffrax.StepTo(settings.ts), settings.ts.shape[0] - 1
     last = diffrax.SubSaveAt(t1=True)

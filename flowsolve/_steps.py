@@ -5,7 +5,7 @@ need, which multiplies the time to compile, and its loop with checkpoints has it
 holds one copy of the parameters an example. Where only the last state is asked for, this loop does with neither.
 
 Its gradient keeps the states at the ends of segments, and what the solver carries there, and computes the steps of a
-segment again: 2 to 3 sqrt(n) states and one step of the solver at a time, for three evaluations of each instead of one.
+segment again: 2 to 3 sqrt(n) of both and one step of the solver at a time, for three evaluations instead of one.
 Up to 64 steps are one segment, which keeps every state, for two. Derivatives of both modes pass through it.
 """
 
@@ -90,7 +90,8 @@ def _tabulated_step(
 
 def _two_stages(solver: diffrax.AbstractSolver) -> diffrax.ButcherTableau | None:
     """The tableau of an explicit Runge-Kutta solver of two stages, None for others."""
-    tableau = solver.tableau if isinstance(solver, diffrax.AbstractERK) else None
+    # A HalfSolver passes for the solver inside, but has no tableau.
+    tableau = getattr(solver, "tableau", None) if isinstance(solver, diffrax.AbstractERK) else None
     if not isinstance(tableau, diffrax.ButcherTableau) or tableau.num_stages != 2 or tableau.fsal:
         return None
     return tableau

@@ -58,7 +58,8 @@ def batched(
     **Returns:** a function of the same positional arguments, and `key`. Its value is that of `function` with a leading
     axis on every array, sharded over the mesh if its devices divide the examples. On a mesh a gradient through
     adaptive steps wants `adjoint=diffrax.DirectAdjoint()` in `function`: Diffrax's default does not pass through a
-    shard_map.
+    shard_map. Inside one's own shard_map a function that raises, as solves do, wants `check_vma=False` there, or
+    `throw=False`.
 
     **Raises:** `ValueError`, `TypeError` for a request that makes no sense, and for a call whose arrays do not have one
     leading axis; `RuntimeError` where a solve of the function would, for all examples together.
@@ -80,7 +81,7 @@ class _Batched(eqx.Module):
     def __call__(self, *arguments: PyTree, key: Key[Array, "*keys"] | None = None) -> PyTree:
         rows, shared = eqx.partition(arguments, _has_rows, is_leaf=_is_module)
         one_key = None
-        if key is not None and jnp.ndim(key) == 0:
+        if key is not None and (jnp.ndim(key) == 0 or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
             one_key, key = check_key(key, "the function"), None
         num = _count((rows, key))
         over = spreading(self.mesh, self.chunk, self.progress, (self.function, shared))

@@ -3,7 +3,7 @@ r"""The divergence of a velocity field, exact or estimated.
 $$\nabla \cdot v = \sum_i \frac{\partial v_i}{\partial x_i}
    = E_\xi\!\left[\xi^T \frac{\partial v}{\partial x}\, \xi\right], \qquad E[\xi \xi^T] = I$$
 
-Both forms come from one linearisation of v at x; the state may have any shape or be any pytree.
+Both come from forward derivatives beside one evaluation of v; the state may have any shape or be any pytree.
 """
 
 import abc
@@ -73,8 +73,7 @@ class Exact(AbstractDivergence):
                 value, derivative = jax.jvp(field, (x,), (direction(index),))
                 return value, element(derivative, index)
 
-            # The value does not depend on the direction, and is computed once.
-            value, entries = jax.vmap(along, out_axes=(None, 0))(indices)
+            value, entries = _first_value(jax.vmap(along)(indices))
         else:
             # The batches share one linearisation, which keeps the activations of the network.
             value, linear = jax.linearize(field, x)
@@ -119,6 +118,11 @@ class Hutchinson(AbstractDivergence):
             value, derivative = jax.jvp(field, (x,), (probe,))
             return value, tree_dot(probe, derivative)
 
-        # The value does not depend on the probe, and is computed once.
-        value, products = jax.vmap(along, out_axes=(None, 0))(probes)
+        value, products = _first_value(jax.vmap(along)(probes))
         return value, jnp.mean(products)
+
+
+def _first_value(values_and_products: tuple[State, Array]) -> tuple[State, Array]:
+    """The value does not depend on the direction: computed once, if the network lets JAX see that."""
+    values, products = values_and_products
+    return jax.tree.map(lambda leaf: leaf[0], values), products

@@ -169,7 +169,7 @@ class AbstractPath(eqx.Module):
         """
         alpha, sigma = self.coefficients(as_scalar(self.t_noise if t is None else t))
         std = as_scalar(data_std)
-        std = check(std, known(std) < 0, "data_std is {}, but wants a standard deviation, >= 0.", std)
+        std = check(std, ~(known(std) >= 0), "data_std is {}, but wants a standard deviation, >= 0.", std)
         return alpha * as_scalar(data_mean), jnp.sqrt(sigma**2 + (alpha * std) ** 2)
 
     def contains(self, t: ScalarLike) -> Bool[Array, ""]:

@@ -58,8 +58,8 @@ def solve(
     - `dynamics`: `dynamics.ProbabilityFlow()` by default, or `dynamics.ReverseSDE(eta)`, which needs `key`;
     - `t_start`, `t_end`: path times, `t_noise` and `t_data` by default;
     - `saveat` (in path time), `adjoint`, `max_steps` (of an adaptive solve), `progress_meter`: as in
-      `diffrax.diffeqsolve`. Left open, on a grid the gradient keeps about 3 sqrt(steps) states, and derivatives of
-      both modes pass;
+      `diffrax.diffeqsolve`. Left open, on a grid the gradient keeps 2 to 3 sqrt(steps) states, with the history of a
+      multistep solver at each, and derivatives of both modes pass;
     - `throw`: whether a numerical failure raises; if not, it is in the solution's `result`.
 
     **Returns:** a `diffrax.Solution` in path time: `ts`, `ys` (a leading axis of saved times), `result`, and `stats`

@@ -321,6 +321,22 @@ CASES = {
         ValueError,
         "wants one leading axis of the same length",
     ),
+    "batched_keys": (
+        lambda: fs.batched(lambda x, *, key: x)(jnp.arange(3.0), key=jax.random.split(jax.random.key(0), 4)),
+        ValueError,
+        r"key<fry>\[4\].*wants one leading axis of the same length",
+    ),
+    "batched_raw_key": (
+        lambda: fs.batched(lambda x, *, key: x)(jnp.arange(3.0), key=jax.random.PRNGKey(0)),
+        TypeError,
+        "a typed key is wanted",
+    ),
+    "max_steps_text": (
+        lambda: fs.solve(FLOW, X, controller=diffrax.PIDController(rtol=1e-3, atol=1e-3), max_steps="a"),
+        ValueError,
+        "max_steps = 'a', but wants an integer",
+    ),
+    "data_std_nan": (lambda: fs.paths.Linear().start(0.5, data_std=float("nan")), ValueError, "data_std is nan"),
     "batched_no_rows": (lambda: fs.batched(fs.log_prob)(FLOW, None), ValueError, "got no arrays"),
     "foreign_terms": (
         lambda: diffrax.diffeqsolve(

@@ -31,6 +31,7 @@ SOLVERS = {
     "first same as last": diffrax.Bosh3(),
     "evaluates at the start": diffrax.ReversibleHeun(),
     "half steps": diffrax.HalfSolver(diffrax.Euler()),
+    "half steps of two stages": diffrax.HalfSolver(diffrax.Heun()),
     "multistep with a corrector": fs.solvers.UniPC(3),
     "singlestep": fs.solvers.DPMSolverPPSinglestep(3),
     "stochastic multistep": fs.solvers.SDEDPMSolverPP(),
@@ -47,7 +48,7 @@ def final(flow, x, solver, steps, adjoint):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_it_is_diffrax_step_for_step(name):
     ours = final(FLOW, X, SOLVERS[name], 7, None)
-    theirs = final(FLOW, X, SOLVERS[name], 7, diffrax.DirectAdjoint())
+    theirs = final(FLOW, X, SOLVERS[name], 7, diffrax.RecursiveCheckpointAdjoint())
     np.testing.assert_allclose(ours.ys, theirs.ys, rtol=2e-6, atol=2e-6)
     assert ours.stats == theirs.stats
     assert (ours.t0, ours.t1, ours.ts) == (theirs.t0, theirs.t1, theirs.ts)
@@ -84,6 +85,36 @@ def test_forward_mode_needs_no_other_adjoint():
         _, derivative = jax.jvp(end, (x,), (direction,))
         differences = (end(x + 1e-5 * direction) - end(x - 1e-5 * direction)) / 2e-5
     np.testing.assert_allclose(derivative, differences, rtol=1e-8)
+
+
+MULTISTEP = {
+    "DPM-Solver++ 2": fs.solvers.DPMSolverPP(2),
+    "DPM-Solver++ 3": fs.solvers.DPMSolverPP(3),
+    "UniPC": fs.solvers.UniPC(3),
+    "DEIS": fs.solvers.DEIS(),
+    "LMS": fs.solvers.LMS(),
+    "SDE-DPM-Solver++": fs.solvers.SDEDPMSolverPP(),
+    "SA": fs.solvers.SASolver(3),
+    "ER-SDE": fs.solvers.ERSDE(),
+}
+
+
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_derivatives_in_the_times_of_both_modes_are_finite_differences(name):
+    """Through the table of a multistep solver, from alpha = 0 and with the empty history of the first steps."""
+    with jax.enable_x64(True):
+        flow = fs.Flow(Network(*jnp.asarray(WEIGHTS, float)), fs.paths.Linear(), fs.predictions.Velocity())
+
+        @jax.jit
+        def end(t_end):
+            grid = fs.grids.Uniform(5)
+            sol = fs.solve(flow, jnp.ones(6), solver=MULTISTEP[name], grid=grid, t_end=t_end, key=KEY, throw=False)
+            return jnp.sum(sol.ys)
+
+        t = jnp.asarray(0.1)
+        differences = (end(t + 1e-5) - end(t - 1e-5)) / 2e-5
+        np.testing.assert_allclose(jax.grad(end)(t), differences, rtol=1e-6)
+        np.testing.assert_allclose(jax.jvp(end, (t,), (jnp.ones_like(t),))[1], differences, rtol=1e-6)
 
 
 def test_segment_lengths():

@@ -57,15 +57,15 @@ class DPMSolverPP(AbstractODEMultistep):
             return _second_order(step)
         places, usable = step.places()
         h, _ = step.span()
-        alpha = step.end.alpha
-        r0 = -places[1]
-        r1 = jnp.where(usable[2], places[1] - places[2], 1)
+        alpha, full = step.end.alpha, usable[1] & usable[2]
+        r0 = jnp.where(full, -places[1], 1)
+        r1 = jnp.where(full, places[1] - places[2], 1)
         _, phi_2, phi_3 = phis(3, -h)
         linear, quadratic = h * phi_2, h * phi_3 * (1 if self.as_published else 2)
         first = -linear * (1 / r0 + 1 / r1) - quadratic / (r0 * r1)
         second = (linear * r0 + quadratic) / (r1 * (r0 + r1))
         third_order = alpha * jnp.stack([first, second])
-        return jnp.where(usable[1] & usable[2], third_order, _second_order(step))
+        return jnp.where(full, third_order, _second_order(step))
 
 
 class SDEDPMSolverPP(AbstractSDEMultistep):

@@ -21,6 +21,7 @@ then only combine states.
 
 import abc
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import diffrax
@@ -130,11 +131,14 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
         source = prediction.coefficients(path, start)
         kept = self.kept(step)
         alpha, sigma = step.end.alpha, step.end.sigma
-        corrector = None
+        corrector, corrects = None, step.valid[min(1, self.history)]
         if self.corrector is not None:
             # The step just taken, seen from its own start: its node 0, its history, and its target last.
             order = np.roll(np.arange(len(step.ts)), -1)
-            corrector = self.corrector(Step(path, step.dynamics, step.begin, step.nodes[order], step.valid[order]))
+            taken = step.begin, step.nodes[order], step.valid[order]
+            # Before the first step there is none: that step itself in its place, so that derivatives stay finite.
+            ends = jax.tree.map(partial(jnp.where, corrects), taken, (step.end, step.nodes, step.valid))
+            corrector = self.corrector(Step(path, step.dynamics, *ends))
         return StepWeights(
             start=start,
             value=_divided(conversion_weights(path, start, source, mixture_of(self.extrapolated, start))),
@@ -142,7 +146,7 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
             fresh=sigma * safe_sqrt((1 - kept) * (1 + kept)),
             predictor=self.predictor(step),
             corrector=corrector,
-            corrects=step.valid[min(1, self.history)],
+            corrects=corrects,
             carried=carry(path, start, sigma * kept),
         )
 
