@@ -9,17 +9,17 @@ nothing is downloaded. A residual network of 1.2 million parameters learns the v
 classifier of real digits then judges what each solver draws from it. Expect about these numbers (2 CPU cores):
 
     solver                            NFE  ms/image  Frechet  accuracy  nearest
-    Euler, 50 steps                    50      0.62     2.51     0.999     14.9
+    Euler, 50 steps                    50      0.64     2.51     0.999     14.9
     Heun, 25 steps                     50      0.60     2.63     0.999     15.1
     DDIM, 20 steps                     20      0.24     2.44     0.999     14.7
     DPM-Solver++ 2M, 10 steps          10      0.13     2.18     0.999     14.5
-    UniPC-3, 8 steps                    8      0.11     2.19     0.999     14.4
+    UniPC-3, 8 steps                    8      0.10     2.19     0.999     14.4
     tuned, 6 steps                      6      0.08     2.61     0.999     15.1
-    Tsit5, adaptive 1e-3               44      0.63     2.61     0.999     15.0
-    Dopri5, adaptive 1e-3              36      0.98     2.55     0.999     15.0
-    reverse SDE, Euler, 100 steps     100      2.22     2.67     1.000     14.2
-    DDPM ancestral, 50 steps           50      1.12     2.37     0.998     14.1
-    SDE-DPM-Solver++ 2M, 20 steps      20      0.45     2.18     0.999     14.3
+    Tsit5, adaptive 1e-3               44      0.62     2.61     0.999     15.0
+    Dopri5, adaptive 1e-3              36      0.55     2.55     0.999     15.0
+    reverse SDE, Euler, 100 steps     100      1.22     2.35     1.000     14.3
+    DDPM ancestral, 50 steps           50      0.62     2.47     1.000     14.0
+    SDE-DPM-Solver++ 2M, 20 steps      20      0.25     2.58     0.999     14.3
     real digits                                         1.56     0.983     17.1
 
 (The most accurate of these, Heun, Tsit5 and Dopri5, have 2.55 to 2.63: a smaller Frechet distance at few steps does not
