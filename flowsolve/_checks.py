@@ -42,10 +42,9 @@ def check(value: _T, bad: bool | np.bool_ | Bool[np.ndarray | Array, "..."], mes
         if bool(np.any(np.asarray(bad))):
             raise ValueError(_filled(message, numbers))
         return value
-    collected = getattr(_COLLECTING, "checks", None)
-    # What a transformation inside the function of `checked` traces cannot leave it as a value.
-    if collected is not None and collected.trace == get_opaque_trace_state(convention="flax"):
-        collected.checks.append((jnp.any(bad), message, numbers))
+    checks = _CHECKS.found()
+    if checks is not None:
+        checks.append((jnp.any(bad), message, numbers))
         return value
     return eqx.error_if(value, bad, _filled(message, numbers))
 
@@ -71,28 +70,40 @@ def checked(function: Callable[..., _T], *arguments: Any) -> _T:
     return value
 
 
-class _Collected:
-    """The checks of one trace, in the order in which they come."""
+class Collector:
+    """What a function that is being traced hands out beside its value, in the order in which it comes."""
 
     def __init__(self):
-        self.trace = get_opaque_trace_state(convention="flax")
-        self.checks: list[tuple[Array, str, tuple[Scalar, ...]]] = []
+        self._local = threading.local()
+
+    def collect(self, function: Callable[[], _T]) -> tuple[_T, list[Any]]:
+        """function() and what was put into `found()` meanwhile."""
+        before = getattr(self._local, "open", None)
+        self._local.open = _, found = get_opaque_trace_state(convention="flax"), []
+        try:
+            return function(), found
+        finally:
+            self._local.open = before
+
+    def found(self) -> list[Any] | None:
+        """The list to put into; None outside of `collect`.
+
+        None as well where a transformation inside the function traces: what that traces cannot leave it as a value.
+        """
+        trace, found = getattr(self._local, "open", None) or (None, None)
+        return found if trace == get_opaque_trace_state(convention="flax") else None
 
 
-_COLLECTING = threading.local()
+#: (Whether it failed, its message, the numbers of that) of each check.
+_CHECKS = Collector()
 
 
 def _collected(function: Callable[..., Any], arguments: Any) -> Any:
     """(value, whether each check failed, the numbers of its message, its message)."""
-    before = getattr(_COLLECTING, "checks", None)
-    _COLLECTING.checks = collected = _Collected()
-    try:
-        value = function(*arguments)
-    finally:
-        _COLLECTING.checks = before
-    bad = [check[0] for check in collected.checks]
-    messages = tuple(check[1] for check in collected.checks)
-    return value, jnp.stack(bad) if bad else None, [check[2] for check in collected.checks], messages
+    value, checks = _CHECKS.collect(lambda: function(*arguments))
+    bad = [check[0] for check in checks]
+    messages = tuple(check[1] for check in checks)
+    return value, jnp.stack(bad) if bad else None, [check[2] for check in checks], messages
 
 
 _collected_while_tracing = eqx.filter_jit(_collected)

@@ -1,6 +1,5 @@
 """One solve: `diffrax.diffeqsolve` run as `Settings` say, its answer in path time, and what is said where it failed."""
 
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.extend.core import get_opaque_trace_state
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._checks import check_count, check_type, is_concrete
+from ._checks import Collector, check_count, check_type, is_concrete
 from ._numerics import all_finite
 from ._settings import Settings
 from ._steps import fixed_steps
@@ -158,18 +156,13 @@ _CAUSES = (
 _SUGGESTION = "With throw=False nothing is raised, and `solve` returns the result of each example."
 
 
-#: The trace of the function of `with_results`, and the results so far.
-_COLLECTING = threading.local()
+#: One result for each solve, or batch of them, that was asked to raise.
+_RESULTS = Collector()
 
 
 def with_results(function: Callable[[], _T]) -> tuple[_T, list[diffrax.RESULTS]]:
     """function() and one result for each solve or batch of them in it, none of which raises."""
-    before = getattr(_COLLECTING, "solves", None)
-    _COLLECTING.solves = _, results = get_opaque_trace_state(convention="flax"), []
-    try:
-        return function(), results
-    finally:
-        _COLLECTING.solves = before
+    return _RESULTS.collect(function)
 
 
 def raise_on_failure(result: diffrax.RESULTS, value: _T, mesh: Mesh | AbstractMesh | None = None) -> _T:
@@ -178,10 +171,9 @@ def raise_on_failure(result: diffrax.RESULTS, value: _T, mesh: Mesh | AbstractMe
     The mesh is that over which a batch is spread.
     """
     if not is_concrete(result):
-        solves = getattr(_COLLECTING, "solves", None)
-        # What a transformation inside the function traces cannot leave it as a value.
-        if solves is not None and solves[0] == get_opaque_trace_state(convention="flax"):
-            solves[1].append(jax.tree.map(jnp.max, result))
+        results = _RESULTS.found()
+        if results is not None:
+            results.append(jax.tree.map(jnp.max, result))
             return nan_on_failure(result, value)
         bad = result != diffrax.RESULTS.successful
         texts = ["inside the solver or its controller", *(text for _, text in _CAUSES)]

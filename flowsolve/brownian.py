@@ -65,15 +65,9 @@ class StepNoise(diffrax.AbstractBrownianPath):
             raise ValueError("StepNoise gives increments over steps: pass both ends, evaluate(t0, t1).")
         length = as_scalar(t1) - as_scalar(t0)
         number = self._number(as_scalar(t0), as_scalar(t1))
-        leaves, structure = jax.tree.flatten(self.shape)
 
         def draw(kind: int, variance: float) -> State:
-            noise = [
-                (jnp.sqrt(length * variance)).astype(leaf.dtype)
-                * jax.random.normal(self._key(4 * place + kind, number), leaf.shape, leaf.dtype)
-                for place, leaf in enumerate(leaves)
-            ]
-            return jax.tree.unflatten(structure, noise)
+            return linear_combination((jnp.sqrt(length * variance),), (self._normal(kind, number),))
 
         increment = draw(0, 1.0)
         if not use_levy:
@@ -87,17 +81,21 @@ class StepNoise(diffrax.AbstractBrownianPath):
 
     def normal(self, step: Int[Array, ""]) -> State:
         """The increment over a whole step of the grid, by its number, in unit variance."""
-        number = _interval(step, jnp.zeros_like(step), jnp.full_like(step, 64))
-        leaves, structure = jax.tree.flatten(self.shape)
-        noise = [
-            jax.random.normal(self._key(4 * place, number), leaf.shape, leaf.dtype) for place, leaf in enumerate(leaves)
-        ]
-        return jax.tree.unflatten(structure, noise)
+        return self._normal(0, _interval(step, jnp.zeros_like(step), jnp.full_like(step, 64)))
 
     def extra_normal(self, t0: ScalarLike, t1: ScalarLike, number: int | Int[Array, ""]) -> State:
         """Standard normal noise number `number` of a step, independent of its increment and of other numbers."""
         key = self._key(3, self._number(as_scalar(t0), as_scalar(t1)))
         return normal_like(jax.random.fold_in(key, number), self.shape)
+
+    def _normal(self, kind: int, number: Int[Array, ""]) -> State:
+        """Standard normal noise of the interval of this number: of kind 0 for W, 1 for H, 2 for K."""
+        leaves, structure = jax.tree.flatten(self.shape)
+        noise = [
+            jax.random.normal(self._key(4 * place + kind, number), leaf.shape, leaf.dtype)
+            for place, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, noise)
 
     def _key(self, use: int, number: Int[Array, ""]) -> PRNGKey:
         """A key for one of several uses of the noise over the interval of this number, which is below 2^31."""

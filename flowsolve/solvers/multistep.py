@@ -241,5 +241,5 @@ class AbstractSDEMultistep(AbstractMultistep, AbstractStochasticSolver[Multistep
 
 def _divided(weights: Triple) -> tuple[Scalar, Scalar]:
     """The weights of a conversion over their denominator; infinite where it has no finite answer."""
-    on_x, on_output = quotients(weights)
-    return jnp.where(is_singular(weights), jnp.inf, on_x), jnp.where(is_singular(weights), jnp.inf, on_output)
+    singular, (on_x, on_output) = is_singular(weights), quotients(weights)
+    return jnp.where(singular, jnp.inf, on_x), jnp.where(singular, jnp.inf, on_output)
