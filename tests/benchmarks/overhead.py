@@ -50,10 +50,10 @@ checks its arguments in Python every time.
 RUNTIME = """\
 ## Run time
 
-Milliseconds of a solve of {evaluations} network evaluations, the medians of {rounds} interleaved rounds; the floor is
-as many forward passes in a chain. "Python a call" is "as it is" less "in a jit". Bold: more than wanted, which is over
-the floor 1.02 for Euler and DDIM, 1.05 for multistep solvers and 1.15 for all of them on the wide state, and over the
-scan by hand 1.03, or 1.1 with noise.
+Milliseconds of a solve of {evaluations} network evaluations, the medians of {rounds} interleaved rounds, and of these
+and of the ratios the medians of {processes} processes; the floor is as many forward passes in a chain. "Python a call"
+is "as it is" less "in a jit". Bold: more than wanted, which is over the floor 1.02 for Euler and DDIM, 1.05 for
+multistep solvers and 1.15 for all of them on the wide state, and over the scan by hand 1.03, or 1.1 with noise.
 """
 
 FIRST_CALL = """\
@@ -89,13 +89,17 @@ def check_samples(method: Method, problem: Problem, network: eqx.Module, key: Ke
 
 
 def runtime(options: argparse.Namespace) -> str:
-    rows = [_runtime(problem, solver, options) for problem in options.problems for solver in options.solvers]
-    header = ["problem", "solver", "floor", "by hand", "in a jit", "as it is", "Python a call"]
+    rows = [_runtime_row(problem, solver, options) for problem in options.problems for solver in options.solvers]
+    header = ["problem", "solver", *PROGRAMS, "Python a call"]
     header += ["by hand / floor", "in a jit / floor", "in a jit / by hand"]
-    return RUNTIME.format(evaluations=options.evaluations, rounds=options.rounds) + "\n" + markdown(header, rows)
+    return RUNTIME.format(**vars(options)) + "\n" + markdown(header, rows)
 
 
-def _runtime(name: str, solver: str, options: argparse.Namespace) -> list[str]:
+PROGRAMS = ("floor", "by hand", "in a jit", "as it is")
+
+
+def one_runtime(name: str, solver: str, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every program, interleaved, in this process."""
     problem, method = PROBLEMS[name], METHODS[solver]
     network, key = problem.network(jax.random.key(0)), jax.random.key(1)
     flow = method.flow(network)
@@ -106,18 +110,26 @@ def _runtime(name: str, solver: str, options: argparse.Namespace) -> list[str]:
         compiled = jax.jit(program)
         return lambda: jax.block_until_ready(compiled(network, key))
 
-    times = interleaved(
-        {
-            "floor": waiting(floor(problem, options.evaluations)),
-            "by hand": waiting(method.by_hand(problem, steps)),
-            "in a jit": waiting(method.in_jit(problem, steps)),
-            "as it is": lambda: jax.block_until_ready(method.sample(flow, problem, key, steps)),
-        },
-        rounds=options.rounds,
+    calls = (
+        waiting(floor(problem, options.evaluations)),
+        waiting(method.by_hand(problem, steps)),
+        waiting(method.in_jit(problem, steps)),
+        lambda: jax.block_until_ready(method.sample(flow, problem, key, steps)),
     )
-    milliseconds = [1e3 * statistics.median(seconds) for seconds in times.values()]
-    over_floor, over_hand = ratio(times, "in a jit", "floor"), ratio(times, "in a jit", "by hand")
-    noisy = method.dynamics is not None
+    return interleaved(dict(zip(PROGRAMS, calls, strict=True)), rounds=options.rounds)
+
+
+def _runtime_row(name: str, solver: str, options: argparse.Namespace) -> list[str]:
+    runs = [in_fresh_process("--one-runtime", name, solver, options=options) for _ in range(options.processes)]
+
+    def median(of: Callable[[dict[str, list[float]]], float]) -> float:
+        return statistics.median(of(times) for times in runs)
+
+    milliseconds = [median(lambda times, one=program: 1e3 * statistics.median(times[one])) for program in PROGRAMS]
+    hand_over_floor = median(lambda times: ratio(times, "by hand", "floor"))
+    over_floor = median(lambda times: ratio(times, "in a jit", "floor"))
+    over_hand = median(lambda times: ratio(times, "in a jit", "by hand"))
+    method = METHODS[solver]
     judges = method.most_over_floor is not None and name != TINY
     most = 1.15 if name == WIDE else method.most_over_floor
     row = [
@@ -125,12 +137,19 @@ def _runtime(name: str, solver: str, options: argparse.Namespace) -> list[str]:
         solver,
         *(f"{value:.2f}" for value in milliseconds),
         f"{milliseconds[3] - milliseconds[2]:.2f}",
-        f"{ratio(times, 'by hand', 'floor'):.3f}",
+        f"{hand_over_floor:.3f}",
         judged(over_floor, not judges or over_floor <= most),
-        judged(over_hand, over_hand <= (1.1 if noisy else 1.03)),
+        judged(over_hand, over_hand <= (1.03 if method.dynamics is None else 1.1)),
     ]
     print(*row, sep=" | ", flush=True)
     return row
+
+
+def in_fresh_process(*arguments: str, options: argparse.Namespace) -> dict:
+    """What this script prints when it is started with these arguments."""
+    numbers = ["--evaluations", str(options.evaluations), "--rounds", str(options.rounds)]
+    command = [sys.executable, __file__, *numbers, *arguments]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
 
 
 #: One entry for each trace of a `Counted` network in this process.
@@ -169,9 +188,8 @@ def first_call(options: argparse.Namespace) -> str:
     for _ in range(options.repeats):
         for solver in options.solvers:
             for program in programs:
-                command = [sys.executable, __file__, "--evaluations", str(options.evaluations)]
-                answer = subprocess.run([*command, "--one-call", solver, program], stdout=subprocess.PIPE, check=True)
-                found.setdefault((solver, program), []).append(json.loads(answer.stdout.splitlines()[-1]))
+                call = in_fresh_process("--one-call", solver, program, options=options)
+                found.setdefault((solver, program), []).append(call)
     rows = []
     for solver in options.solvers:
         seconds = [statistics.median(call["seconds"] for call in found[solver, program]) for program in programs]
@@ -251,17 +269,23 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="of the run time")
     parser.add_argument("--evaluations", type=int, default=20, help="of the network, in a solve")
     parser.add_argument("--rounds", type=int, default=31, help="of the run time")
+    parser.add_argument("--processes", type=int, default=3, help="of the run time, one after another")
     parser.add_argument("--repeats", type=int, default=5, help="of the first call")
-    # What a fresh process is started with, which measures one first call.
+    # What a fresh process is started with, which measures one row or one first call.
+    parser.add_argument("--one-runtime", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--one-call", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one_runtime is not None:
+        print(json.dumps(one_runtime(*options.one_runtime, options)))
+        return
     if options.one_call is not None:
         print(json.dumps(one_call(*options.one_call, options.evaluations)))
         return
     options.compiled, options.lengths = (10, 1000), (10, 100, 1000)
     if options.smoke:
         options.solvers, options.problems = ["DDIM"], [TINY]
-        options.rounds, options.repeats, options.compiled, options.lengths = 3, 1, (5, 10), (5, 10)
+        options.rounds, options.processes, options.repeats = 3, 1, 1
+        options.compiled, options.lengths = (5, 10), (5, 10)
     show("overhead", HEADING, [PARTS[part](options) for part in options.parts], options)
 
 
