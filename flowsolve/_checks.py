@@ -6,6 +6,7 @@ check becomes `eqx.error_if`, whose returned value must be used. `checked` runs 
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -144,6 +145,14 @@ def check_count(count: Any, what: str, *, least: int = 1, most: int | None = Non
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{what} = {count!r}, but wants an integer {span}.")
     return int(count)
+
+
+def check_positive(owner: eqx.Module, *names: str) -> None:
+    """Raise unless the fields of these names are positive and finite, where they are known."""
+    for name in names:
+        value = getattr(owner, name)
+        if is_concrete(value) and not 0 < float(value) < math.inf:
+            raise ValueError(f"{type(owner).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
 
 
 def check_type(value: object, wanted: type, name: str, example: str) -> None:

@@ -172,6 +172,19 @@ def convert(
     return combine(weights, x_t, output)
 
 
+def error_scale(path: AbstractPath, t: Scalar, source: tuple[Scalar, Scalar], target: Triple) -> Scalar:
+    """The factor from an error of a x_0 + b eps, source = (a, b), to one of the target (a2 x_0 + b2 eps)/c2."""
+    (a, b), (a2, b2, c2) = source, target
+    alpha, sigma = path.coefficients(t)
+    # Parallel combinations differ by a number, also where the source says nothing about any other.
+    parallel = a * b2 == a2 * b
+    on_data = jnp.abs(a) > jnp.abs(b)
+    numerator = jnp.where(parallel, jnp.where(on_data, a2, b2), a2 * sigma - b2 * alpha)
+    denominator = c2 * jnp.where(parallel, jnp.where(on_data, a, b), a * sigma - b * alpha)
+    singular = denominator == 0
+    return jnp.where(singular, jnp.inf, numerator / jnp.where(singular, 1, denominator))
+
+
 def is_singular(weights: Triple) -> Bool[Array, ""]:
     """Whether a conversion with these weights has no finite answer."""
     on_x, on_output, denominator = weights

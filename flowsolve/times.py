@@ -21,23 +21,29 @@ retrace.
 
 import abc
 import math
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from ._checks import check, check_key, is_concrete
-from ._numerics import as_scalar
+from ._checks import check, check_key, check_positive, is_concrete, known
+from ._numerics import as_scalar, beta_cdf, beta_logit_quantile, increasing_root, optional_scalar, safe_power
 from ._types import PRNGKey, Scalar, ScalarLike
 from .paths import AbstractPath
 
 __all__ = [
     "AbstractBoundedTimes",
     "AbstractTimes",
+    "Beta",
+    "Given",
     "LogNormal",
     "LogSNRUniform",
     "LogitNormal",
+    "Mode",
+    "Polynomial",
     "Shifted",
     "Stratified",
     "UShaped",
@@ -137,16 +143,6 @@ def _independent(key: PRNGKey, num: int) -> Float[Array, " {num}"]:
     return jax.vmap(draw)(jnp.arange(num))
 
 
-def _optional_scalar(value: ScalarLike | None) -> Scalar | None:
-    return None if value is None else as_scalar(value)
-
-
-def _check_positive(owner: eqx.Module, name: str, value: Scalar) -> None:
-    # A traced value is taken as it is: there is no result here that a run-time check could guard.
-    if is_concrete(value) and not 0 < float(value) < math.inf:
-        raise ValueError(f"{type(owner).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
-
-
 def _between(low: Scalar, high: Scalar, fraction: Scalar) -> Scalar:
     """From `low` at 0 to `high` at 1, exact at both."""
     return low * (1 - fraction) + high * fraction
@@ -186,8 +182,8 @@ class Uniform(AbstractBoundedTimes):
     **Arguments:** `t_min`, `t_max`: bounds, None for the path's ends.
     """
 
-    t_min: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
-    t_max: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+    t_min: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=optional_scalar)
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         return _between(*self.bounds(path), as_scalar(u))
@@ -206,11 +202,11 @@ class LogitNormal(AbstractBoundedTimes):
 
     mean: Scalar = eqx.field(default=0.0, converter=as_scalar)
     std: Scalar = eqx.field(default=1.0, converter=as_scalar)
-    t_min: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
-    t_max: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+    t_min: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=optional_scalar)
 
     def __check_init__(self):
-        _check_positive(self, "std", self.std)
+        check_positive(self, "std")
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
@@ -232,11 +228,11 @@ class LogNormal(AbstractBoundedTimes):
 
     mean: Scalar = eqx.field(default=-1.2, converter=as_scalar)
     std: Scalar = eqx.field(default=1.2, converter=as_scalar)
-    t_min: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
-    t_max: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+    t_min: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=optional_scalar)
 
     def __check_init__(self):
-        _check_positive(self, "std", self.std)
+        check_positive(self, "std")
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
@@ -251,8 +247,8 @@ class UShaped(AbstractBoundedTimes):
     **Arguments:** `t_min`, `t_max`: bounds, None for the path's ends.
     """
 
-    t_min: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
-    t_max: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+    t_min: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=optional_scalar)
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
@@ -270,8 +266,8 @@ class LogSNRUniform(AbstractBoundedTimes):
     **Raises:** `ValueError` where the log-SNR is infinite at a bound.
     """
 
-    t_min: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
-    t_max: Scalar | None = eqx.field(default=None, converter=_optional_scalar)
+    t_min: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=optional_scalar)
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
@@ -283,6 +279,139 @@ class LogSNRUniform(AbstractBoundedTimes):
             "pass t_min and t_max inside the path, e.g. LogSNRUniform(t_min=1e-3, t_max=0.999).",
         )
         return jnp.clip(path.inverse_log_snr(_between(at_low, at_high, as_scalar(u))), low, high)
+
+
+class Mode(AbstractBoundedTimes):
+    r"""Heavy tails with a mode: the place between the path's ends is $s = u - c\,(\sin^2(\pi u/2) - u)$.
+
+    A positive `scale` c favours the middle, a negative one both ends, 0 is uniform.
+
+    **Arguments:** `scale`: from -1 to 2/(pi - 2) = 1.75, between which s increases with u; `t_min`, `t_max`: bounds,
+    None for the path's ends.
+
+    Source: Esser et al. (2024), arXiv 2403.03206, whose u is 1 - u here.
+    """
+
+    scale: Scalar = eqx.field(default=1.29, converter=as_scalar)
+    t_min: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+
+    def __check_init__(self):
+        # A traced value is taken as it is: there is no result here that a run-time check could guard.
+        if is_concrete(self.scale) and not -1 <= float(self.scale) <= 2 / (math.pi - 2):
+            raise ValueError(f"Mode got scale = {float(self.scale):g}, but wants -1 <= scale <= 2/(pi - 2) = 1.7519.")
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        low, high = self.bounds(path)
+        below, above = (self._level(_place_of(path, t)) for t in (low, high))
+        return jnp.clip(_time_of(path, self._place(_between(below, above, as_scalar(u)))), low, high)
+
+    def _place(self, u: Scalar) -> Scalar:
+        return u - self.scale * (jnp.sin(0.5 * math.pi * u) ** 2 - u)
+
+    def _level(self, place: Scalar) -> Scalar:
+        """The u with this place."""
+        return increasing_root(lambda u: self._place(u) - place, jnp.zeros_like(place), jnp.ones_like(place))
+
+
+class Beta(AbstractBoundedTimes):
+    """The place between the path's ends is Beta(a, b).
+
+    a < 1 favours the data's end, b < 1 the noise's; 1 and 1 is uniform.
+
+    **Arguments:** `a`, `b`: the two exponents, positive, up to about 1000; `t_min`, `t_max`: bounds, None for the
+    path's ends.
+    """
+
+    a: Scalar = eqx.field(default=1.0, converter=as_scalar)
+    b: Scalar = eqx.field(default=1.5, converter=as_scalar)
+    t_min: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+
+    def __check_init__(self):
+        check_positive(self, "a", "b")
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        low, high = self.bounds(path)
+        # Clipped to where the quantiles end: at an infinite logit there is no derivative in a and b.
+        logits = (jnp.clip(jax.scipy.special.logit(_place_of(path, t)), -80, 80) for t in (low, high))
+        below, above = (beta_cdf(logit, self.a, self.b) for logit in logits)
+        logit = beta_logit_quantile(_between(below, above, as_scalar(u)), self.a, self.b)
+        return jnp.clip(_time_of(path, jax.nn.sigmoid(logit)), low, high)
+
+
+class Polynomial(AbstractBoundedTimes):
+    """(sigma/alpha)^(1/rho) uniform between the bounds: the law of a point of the grid `grids.Karras`.
+
+    **Arguments:** `rho`: > 0, larger ones favour the data; `t_min`, `t_max`: bounds, None for the path's ends;
+    sigma/alpha must be finite at both, so on `Linear` and `Trigonometric` t_max is needed.
+
+    **Raises:** `ValueError` where sigma/alpha is infinite at a bound.
+
+    Source: Karras et al. (2022), arXiv 2206.00364, for the grid; Song et al. (2023), arXiv 2303.01469, for training on
+    its points, of which `Given` takes a finite number.
+    """
+
+    rho: Scalar = eqx.field(default=7.0, converter=as_scalar)
+    t_min: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+    t_max: Scalar | None = eqx.field(default=None, converter=optional_scalar)
+
+    def __check_init__(self):
+        check_positive(self, "rho")
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        low, high = self.bounds(path)
+        (alpha_low, sigma_low), (alpha_high, sigma_high) = path.coefficients(low), path.coefficients(high)
+        sigma_high = check(
+            sigma_high,
+            ~(alpha_high > 0),
+            f"Polynomial got an infinite sigma/alpha at an end of {type(path).__name__}: pass t_max inside the path, "
+            "e.g. Polynomial(t_max=0.99).",
+        )
+        roots = safe_power(sigma_low / alpha_low, 1 / self.rho), safe_power(sigma_high / alpha_high, 1 / self.rho)
+        ratio = _between(*roots, as_scalar(u)) ** self.rho
+        return jnp.clip(path.time_at(jnp.ones_like(ratio), ratio), low, high)
+
+
+class Given(AbstractTimes):
+    """The points of a list but its last, each as likely as another.
+
+    The last is the clean end, where nothing is left to predict: what a grid steps onto. So the points of a grid are
+    `Given(grids.Karras(18)(path))`.
+
+    **Arguments:** `ts`: two or more times, from the noise down to the data.
+
+    **Raises:** `ValueError` for too few times, or times that do not fall.
+    """
+
+    ts: Float[Array, " points"]
+
+    def __init__(self, ts: Sequence[ScalarLike] | np.ndarray | Array):
+        points = jnp.asarray(ts).astype(float)
+        if points.ndim != 1 or len(points) < 2:
+            raise ValueError(
+                f"Given got times of shape {list(points.shape)}, but wants a vector of two or more, of which the last "
+                "is the clean end."
+            )
+        shown = known(points)
+        self.ts = check(
+            points,
+            ~(shown[1:] < shown[:-1]).all(),
+            "Given got times that do not fall: order them from noise to data, without repeats.",
+        )
+
+    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
+        points = self.ts[-2::-1]
+        inside = (points[0] >= as_scalar(path.t_data)) & (points[-1] <= as_scalar(path.t_noise))
+        points = check(
+            points, ~inside, f"Given has times outside {type(path).__name__}'s ends t_data and t_noise: leave them out."
+        )
+        index = jnp.floor(as_scalar(u) * len(points)).astype(int)
+        return points[jnp.minimum(index, len(points) - 1)]
+
+    def levels(self, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
+        """Independent uniform numbers; the first m of num are those of a batch of m."""
+        return _independent(key, num)
 
 
 class Shifted(AbstractTimes):
@@ -299,7 +428,7 @@ class Shifted(AbstractTimes):
     shift: Scalar = eqx.field(converter=as_scalar)
 
     def __check_init__(self):
-        _check_positive(self, "shift", self.shift)
+        check_positive(self, "shift")
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         return shift_on_path(path, self.times.quantile(path, u), self.shift)

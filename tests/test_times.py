@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.stats
 from members import PATHS, REFERENCES
 
-from flowsolve import paths, times
+from flowsolve import grids, paths, times
 
 LINEAR, VP, EDM = paths.Linear(), paths.VP(), paths.EDM()
 TRUNCATED = {"t_min": 0.2, "t_max": 0.7}
@@ -34,6 +36,12 @@ def log_ratio(name, t):
 def within(cdf, low, high):
     """The CDF conditioned on [low, high]."""
     return lambda t: (cdf(t) - cdf(np.float64(low))) / (cdf(np.float64(high)) - cdf(np.float64(low)))
+
+
+@np.vectorize
+def root_of_mode(s, scale):
+    """The u of Esser et al.'s mode sampling, their 1 - u, with place s."""
+    return scipy.optimize.brentq(lambda u: u - scale * (np.cos(np.pi / 2 * (1 - u)) ** 2 - u) - s, -1e-3, 1 + 1e-3)
 
 
 def unshifted(s, k):
@@ -91,6 +99,14 @@ CASES = {
     "log_normal_root_find": (times.LogNormal(), PATHS["path"], log_normal("path", -1.2, 1.2)),
     "u_shaped": (times.UShaped(), LINEAR, arcsine),
     "u_shaped_bounded": (times.UShaped(**TRUNCATED), LINEAR, within(arcsine, 0.2, 0.7)),
+    "mode": (times.Mode(1.29), LINEAR, lambda t: root_of_mode(t, 1.29)),
+    "mode_at_both_ends": (times.Mode(-1.0), EDM, lambda t: root_of_mode((t - 0.002) / 79.998, -1.0)),
+    "mode_bounded": (times.Mode(0.8, **TRUNCATED), LINEAR, within(lambda t: root_of_mode(t, 0.8), 0.2, 0.7)),
+    "beta": (times.Beta(1.0, 1.5), LINEAR, scipy.stats.beta(1.0, 1.5).cdf),
+    "beta_on_edm": (times.Beta(0.6, 0.6), EDM, lambda t: scipy.stats.beta(0.6, 0.6).cdf((t - 0.002) / 79.998)),
+    "beta_bounded": (times.Beta(2.0, 5.0, **TRUNCATED), LINEAR, within(scipy.stats.beta(2.0, 5.0).cdf, 0.2, 0.7)),
+    "polynomial": (times.Polynomial(), EDM, within(lambda t: t ** (1 / 7), 0.002, 80)),
+    "polynomial_bounded": (times.Polynomial(3.0, t_max=0.9), LINEAR, lambda t: (t / (1 - t) / 9) ** (1 / 3)),
     "log_snr_uniform": (times.LogSNRUniform(), EDM, within(lambda t: np.log(t), 0.002, 80)),
     "log_snr_uniform_on_vp": (
         times.LogSNRUniform(),
@@ -263,6 +279,25 @@ def test_shifted_is_the_shift_of_what_is_inside():
     np.testing.assert_allclose(shifted, expected, rtol=3e-7)
 
 
+def test_given_times_are_equally_likely_but_the_last():
+    given = times.Given([1.0, 0.7, 0.2, 0.0])
+    drawn = np.asarray(sampler(30_000)(given, LINEAR, jax.random.key(0)))
+    values, counts = np.unique(drawn, return_counts=True)
+    np.testing.assert_array_equal(values, np.float32([0.2, 0.7, 1.0]))
+    assert np.all(np.abs(counts - 10_000) < 4 * np.sqrt(30_000 * 2 / 9))
+    stratified = sampler(6)(times.Stratified(given), LINEAR, jax.random.key(1))
+    np.testing.assert_array_equal(np.sort(stratified), np.float32([0.2, 0.2, 0.7, 0.7, 1.0, 1.0]))
+    points = grids.Karras(5)(EDM)
+    drawn = sampler(200)(times.Given(points), EDM, jax.random.key(2))
+    assert set(np.asarray(drawn).tolist()) == set(np.asarray(points[:-1]).tolist())
+
+
+def test_polynomial_times_are_the_points_of_the_grid():
+    """One law for training and inference: the quantiles at i/n are the points of `grids.Karras`."""
+    points = grids.Karras(10)(EDM)
+    np.testing.assert_allclose(points, quantiles(times.Polynomial(), EDM, jnp.linspace(1, 0, 11)), rtol=2e-5)
+
+
 def test_new_values_do_not_retrace():
     @eqx.filter_jit
     @eqx.debug.assert_max_traces(max_traces=1)
@@ -276,7 +311,14 @@ def test_new_values_do_not_retrace():
 
 def test_gradients_are_finite():
     u = jnp.asarray([1e-6, 1e-3, 0.3, 0.9, 1 - 1e-6])
-    for distribution in (times.LogitNormal(t_max=0.9), times.Shifted(times.LogNormal(), 2.0)):
+    for distribution in (
+        times.LogitNormal(t_max=0.9),
+        times.Shifted(times.LogNormal(), 2.0),
+        times.Mode(),
+        times.Mode(t_max=0.9),
+        times.Beta(0.7, 1.4),
+        times.Polynomial(t_max=0.9),
+    ):
         grads = eqx.filter_jit(eqx.filter_grad(lambda d, u: jnp.sum(jax.vmap(lambda u: d.quantile(LINEAR, u))(u))))(
             distribution, u
         )
@@ -302,6 +344,19 @@ def test_errors():
         times.LogSNRUniform().sample(LINEAR, key, 2)
     with pytest.raises(ValueError, match="infinite log-SNR"):
         times.LogSNRUniform(t_min=0.1).sample(LINEAR, key, 2)
+    for bad in (1.8, -1.1, float("nan")):
+        with pytest.raises(ValueError, match="Mode got scale"):
+            times.Mode(bad)
+    with pytest.raises(ValueError, match="a = 0"):
+        times.Beta(0.0, 1.0)
+    with pytest.raises(ValueError, match="infinite sigma/alpha at an end of Linear"):
+        times.Polynomial().sample(LINEAR, key, 2)
+    with pytest.raises(ValueError, match="times that do not fall"):
+        times.Given([0.0, 0.5, 1.0])
+    with pytest.raises(ValueError, match="two or more"):
+        times.Given([0.5])
+    with pytest.raises(ValueError, match="outside Linear's ends"):
+        times.Given([80.0, 1.0, 0.0]).sample(LINEAR, key, 2)
     with pytest.raises(ValueError, match="std = 0"):
         times.LogitNormal(std=0.0)
     with pytest.raises(ValueError, match="std = -1"):

@@ -1,14 +1,13 @@
 """What a grid is: n + 1 strictly monotone times between two ends, which are exactly the times asked for."""
 
 import abc
-import math
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._checks import check, is_concrete
+from .._checks import check
 from .._numerics import as_scalar
 from .._types import Scalar, ScalarLike
 from ..paths import AbstractPath
@@ -81,14 +80,6 @@ def as_steps(steps: int | np.integer) -> int:
     if steps < 1:
         raise ValueError(f"A grid got steps = {steps}, but wants at least 1.")
     return int(steps)
-
-
-def check_positive(grid: AbstractGrid, *names: str) -> None:
-    """Raise unless the fields of these names are positive and finite, where they are known."""
-    for name in names:
-        value = getattr(grid, name)
-        if is_concrete(value) and not 0 < float(value) < math.inf:
-            raise ValueError(f"{type(grid).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
 
 
 def inner_fractions(steps: int) -> Float[Array, " {steps}-1"]:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._checks import is_concrete, known
+from .._checks import check_positive, is_concrete, known
 from .._numerics import as_scalar
 from .._types import Scalar
 from ..paths import VP, AbstractPath
-from .base import AbstractPathGrid, as_steps, check_positive, inner_rests
+from .base import AbstractPathGrid, as_steps, inner_rests
 
 __all__ = ["Karras", "LogSNR", "PolyExponential", "VPPower"]
 

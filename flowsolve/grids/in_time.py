@@ -6,14 +6,13 @@ $(1 - f_i)$-quantile of a Beta distribution.
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from .._numerics import as_scalar, increasing_root
+from .._checks import check_positive
+from .._numerics import as_scalar, beta_logit_quantile
 from .._types import Scalar
 from ..paths import AbstractPath
-from .base import AbstractPathGrid, as_steps, check_positive, inner_fractions, inner_rests
+from .base import AbstractPathGrid, as_steps, inner_fractions, inner_rests
 
 __all__ = ["Beta", "Power", "Uniform"]
 
@@ -73,44 +72,10 @@ class Beta(AbstractPathGrid):
     def inner(self, path: AbstractPath, t_start: Scalar, t_end: Scalar, steps: int) -> Float[Array, " {steps}-1"]:
         del path
         # A quantile as its logit keeps its digits near 0 and near 1.
-        logits = _beta_logit_quantiles(inner_rests(steps), self.a, self.b)
+        logits = _logit_quantiles(inner_rests(steps), self.a, self.b)
         return t_start * jax.nn.sigmoid(logits) + t_end * jax.nn.sigmoid(-logits)
 
 
 @jax.jit  # compiled once, also where the grid is not called under jit
-def _beta_logit_quantiles(us: Float[Array, " us"], a: Scalar, b: Scalar) -> Float[Array, " us"]:
-    """ln(x/(1 - x)) of the quantiles x of Beta(a, b) at probabilities 0 < u < 1."""
-    # Beyond e^-80 a quantile is 0 or 1 in float32, also after multiplication by a time.
-    limit = jnp.asarray(80, a.dtype)
-    log_beta = jax.scipy.special.betaln(a, b)
-
-    def quantile(u: Scalar) -> Scalar:
-        return increasing_root(lambda logit: _beta_cdf(logit, a, b, log_beta) - u, -limit, limit)
-
-    return jax.vmap(quantile)(us)
-
-
-def _beta_cdf(logit: Scalar, a: Scalar, b: Scalar, log_beta: Scalar) -> Scalar:
-    """The probability of Beta(a, b) below x = sigmoid(logit), with log_beta = ln B(a, b).
-
-    The regularised incomplete beta function by its continued fraction (DLMF 8.17.22), differentiable in a and b, which
-    JAX's `betainc` is not. Cut after 64 terms, which in float64 leaves 1e-13 of it for a, b up to 100 and 1e-7 up to
-    1000.
-    """
-    # The fraction converges fast below the mean, roughly; above it, the probability of 1 - x under Beta(b, a).
-    above = jax.nn.sigmoid(logit) > (a + 1) / (a + b + 2)
-    a, b = jnp.where(above, b, a), jnp.where(above, a, b)
-    logit = jnp.where(above, -logit, logit)
-    x = jax.nn.sigmoid(logit)
-    m = jnp.asarray(np.arange(32), x.dtype)
-    odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-    m = m + 1
-    even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-
-    def append(tail: Scalar, terms: tuple[Scalar, Scalar]) -> tuple[Scalar, None]:
-        return 1 + terms[0] / (1 + terms[1] / tail), None
-
-    fraction, _ = jax.lax.scan(append, jnp.ones_like(x), (odd, even), reverse=True)
-    log_power = a * jax.nn.log_sigmoid(logit) + b * jax.nn.log_sigmoid(-logit)
-    tail = jnp.exp(log_power - log_beta) / (a * fraction)
-    return jnp.where(above, 1 - tail, tail)
+def _logit_quantiles(us: Float[Array, " us"], a: Scalar, b: Scalar) -> Float[Array, " us"]:
+    return jax.vmap(lambda u: beta_logit_quantile(u, a, b))(us)

@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check_type
+from .._checks import check_positive, check_type
 from .._numerics import as_scalar
 from .._types import Scalar, ScalarLike
 from ..paths import AbstractPath
 from ..times import shift_on_path
-from .base import AbstractGrid, check_positive, own_or_asked
+from .base import AbstractGrid, own_or_asked
 
 __all__ = ["Shifted", "ThenClean"]
 
