@@ -18,13 +18,13 @@ from ._settings import Settings
 from ._steps import fixed_steps
 from ._types import Args, Like, Scalar, State
 from .dynamics import network_output
-from .flow import AbstractFlow
+from .flow import AbstractVelocityFlow
 from .solvers.counts import evaluations
 
 _T = TypeVar("_T")
 
 
-def check_network(flow: AbstractFlow, like: Like, args: Args) -> None:
+def check_network(flow: AbstractVelocityFlow, like: Like, args: Args) -> None:
     """Raise what the flow raises for one example of this shape, before anything deeper is traced."""
     # Behind the network's own jit the trace is kept and used again by the solve.
     eqx.filter_eval_shape(network_output, flow, jnp.ones(()), like, args)

@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ._checks import check, check_type, checked, is_concrete
-from ._numerics import as_scalar
-from ._types import Like, PRNGKey, Scalar, ScalarLike
+from ._numerics import as_scalar, linear_combination, normal_with, tree_size
+from ._types import Like, PRNGKey, Scalar, ScalarLike, State
 from .brownian import StepNoise, TreeNoise
-from .dynamics import AbstractDynamics, ProbabilityFlow, ReverseSDE
-from .flow import AbstractFlow
+from .dynamics import AbstractDynamics, ProbabilityFlow, ReverseSDE, check_noise
+from .flow import AbstractFlow, AbstractVelocityFlow
 from .grids import AbstractGrid, LogSNR
 from .paths import AbstractPath
 from .predictions import AbstractPrediction, conversion_weights, is_singular
@@ -44,14 +44,15 @@ class Settings(eqx.Module):
     controller: diffrax.AbstractStepSizeController | None
     t_start: Scalar
     t_end: Scalar
-    #: Mean and standard deviation of every element at the end where the noise is.
+    #: Mean and standard deviation of every element at the end where the noise is, from a normal source; from another
+    #: the mean is 0 and the other number the scale of the noise.
     prior: tuple[Scalar, Scalar]
     #: The weights of all steps, of a multistep solver on a grid.
     table: StepWeights | None
 
 
 def settle(
-    flow: AbstractFlow,
+    flow: AbstractVelocityFlow,
     *,
     solver: diffrax.AbstractSolver | None,
     grid: AbstractGrid | None,
@@ -59,12 +60,14 @@ def settle(
     dynamics: AbstractDynamics | None,
     t_start: ScalarLike | None,
     t_end: ScalarLike | None,
-    data_mean: ScalarLike = 0.0,
-    data_std: ScalarLike = 0.0,
+    moments: tuple[ScalarLike, ScalarLike] | None = None,
     encode: bool = False,
 ) -> Settings:
-    """Check a request and fill in what it leaves open. `encode` runs from data to noise."""
-    if not isinstance(flow, AbstractFlow):
+    """Check a request and fill in what it leaves open. `encode` runs from data to noise.
+
+    `moments` are mean and standard deviation of the data's elements, where the law at the noise end is wanted.
+    """
+    if not isinstance(flow, AbstractVelocityFlow):
         raise TypeError(
             f"flow is a {type(flow).__name__}, but wants an AbstractFlow: wrap a network with "
             "Flow(network, path, prediction)."
@@ -72,7 +75,14 @@ def settle(
     if solver is None:
         solver = DEFAULT_SOLVER()
     check_type(solver, diffrax.AbstractSolver, "solver", "an instance such as fs.solvers.DDIM() or diffrax.Tsit5()")
+    if isinstance(_unwrapped(solver), AbstractFlowSolver) and not isinstance(flow, AbstractFlow):
+        raise TypeError(
+            f"{type(solver).__name__} steps through the denoised data, but a {type(flow).__name__} predicts its "
+            "velocity alone: use a solver of Diffrax, such as diffrax.Heun()."
+        )
     dynamics = _settle_dynamics(solver, dynamics)
+    if dynamics.stochastic:
+        check_noise(dynamics, flow)
     if dynamics.stochastic and encode:
         raise ValueError("encode follows the probability flow, but got a stochastic dynamics or solver: leave it out.")
     if controller is None:
@@ -87,13 +97,15 @@ def settle(
         _warn_of_tolerance(flow, controller)
         controller = jax.tree.map(lambda leaf: as_scalar(leaf) if isinstance(leaf, float) else leaf, controller)
     ends = [None if t is None else as_scalar(t) for t in (t_start, t_end)]
-    moments = as_scalar(data_mean), as_scalar(data_std)
-    return checked(_complete, flow.path, flow.prediction, solver, grid, controller, dynamics, ends, moments, encode)
+    prediction = flow.prediction if isinstance(flow, AbstractFlow) else None
+    coupled = None if flow.source.has_score or moments is None else type(flow.source).__name__
+    moments = jax.tree.map(as_scalar, (0.0, 0.0) if moments is None else moments)
+    return checked(_complete, flow.path, prediction, solver, grid, controller, dynamics, ends, moments, encode, coupled)
 
 
 def _complete(
     path: AbstractPath,
-    prediction: AbstractPrediction,
+    prediction: AbstractPrediction | None,
     solver: diffrax.AbstractSolver,
     grid: AbstractGrid | None,
     controller: diffrax.AbstractStepSizeController | None,
@@ -101,8 +113,9 @@ def _complete(
     ends: list[Scalar | None],
     moments: tuple[Scalar, Scalar],
     encode: bool,
+    coupled: str | None,
 ) -> Settings:
-    """The arithmetic of `settle`."""
+    """The arithmetic of `settle`. `coupled` names a source whose law is wanted and known at t_noise alone."""
     t_start, t_end = ends
     if t_start is not None:
         t_start = _check_time(path, t_start, "t_start")
@@ -136,11 +149,21 @@ def _complete(
         solver = solver.for_times(jnp.stack([start, end]) if ts is None else -ts)
     table = None
     if isinstance(solver, AbstractMultistep) and plain and ts is not None:
+        assert prediction is not None
         table = solver.table(path, prediction, dynamics, -ts)
     start = _check_regular(path, prediction, solver, dynamics, start, "t_start")
     if _evaluates_end(solver):
         end = _check_regular(path, prediction, solver, dynamics, end, "t_end")
     data_mean, data_std = moments
+    if coupled is not None:
+        at_noise = (end if encode else start) == as_scalar(path.t_noise)
+        end = check(
+            end,
+            ~(at_noise & (data_mean == 0) & (data_std == 0)),
+            f"The flow's source is {coupled}, whose law is known at t_noise = {{}} alone, but another time there or "
+            "moments of the data were given: leave them out, or give `solve` an x_start.",
+            as_scalar(path.t_noise),
+        )
     prior = path.start(end if encode else start, data_mean=data_mean, data_std=data_std)
     return Settings(solver, dynamics, ts, controller, start, end, prior, table)
 
@@ -153,6 +176,20 @@ def opaque(settings: Settings) -> Settings:
     """
     arrays, rest = eqx.partition(settings, eqx.is_array)
     return eqx.combine(jax.lax.optimization_barrier(arrays), rest)
+
+
+def draw_prior(flow: AbstractVelocityFlow, settings: Settings, key: PRNGKey, like: Like) -> State:
+    """One state at the noise end."""
+    if flow.source.has_score:
+        return normal_with(key, like, settings.prior)
+    return linear_combination((settings.prior[1],), (flow.source.sample(key, like),))
+
+
+def log_prior(flow: AbstractVelocityFlow, settings: Settings, x: State) -> Scalar:
+    """ln of the density of a state at the noise end."""
+    mean, std = settings.prior
+    noise = jax.tree.map(lambda leaf: (leaf - mean.astype(leaf.dtype)) / std.astype(leaf.dtype), x)
+    return flow.source.log_prob(noise) - tree_size(x) * jnp.log(std)
 
 
 def noise_path(settings: Settings, like: Like, key: PRNGKey) -> diffrax.AbstractBrownianPath:
@@ -240,7 +277,7 @@ def _check_controller(controller: diffrax.AbstractStepSizeController, solver: di
         )
 
 
-def _warn_of_tolerance(flow: AbstractFlow, controller: diffrax.AbstractStepSizeController) -> None:
+def _warn_of_tolerance(flow: AbstractVelocityFlow, controller: diffrax.AbstractStepSizeController) -> None:
     """Warn where the controller would chase the rounding of a network in half precision, or of any other."""
     while hasattr(controller, "controller"):
         controller = controller.controller  # pyright: ignore[reportAttributeAccessIssue]
@@ -278,13 +315,15 @@ def _check_time(path: AbstractPath, t: Scalar, name: str) -> Scalar:
 
 def _check_regular(
     path: AbstractPath,
-    prediction: AbstractPrediction,
+    prediction: AbstractPrediction | None,
     solver: diffrax.AbstractSolver,
     dynamics: AbstractDynamics,
     t: Scalar,
     name: str,
 ) -> Scalar:
     """`t`; raise if an evaluation of the network there lies at a singularity of what is asked of it."""
+    if prediction is None:
+        return t
     steps_through_flow = isinstance(solver, AbstractFlowSolver)
     one, zero = jnp.ones_like(t), jnp.zeros_like(t)
     wanted = (one, zero, one) if steps_through_flow else dynamics.drift_mixture(path, t)

@@ -37,14 +37,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
+from jaxtyping import PyTree
 
 from ._checks import check, known
-from ._numerics import as_scalar, integral, is_zero, safe_power
+from ._numerics import as_scalar, integral, is_zero, linear_combination, safe_power
 from ._types import Args, Scalar, ScalarLike, State
 from .brownian import NoiseSource
-from .flow import AbstractFlow
+from .flow import AbstractFlow, AbstractVelocityFlow, check_has_score
 from .paths import AbstractPath
-from .predictions import Triple, combine
+from .predictions import Triple, Velocity, combine
 
 __all__ = [
     "AbstractDynamics",
@@ -80,11 +81,14 @@ class AbstractDynamics(eqx.Module):
         """The share k of the noise at `t_from` that is left at `t_to` < `t_from`, see the top of this module."""
 
     @abc.abstractmethod
-    def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
+    def terms(
+        self, flow: AbstractVelocityFlow, brownian: diffrax.AbstractBrownianPath | None = None
+    ) -> diffrax.AbstractTerm:
         """The Diffrax terms in the clock s = -t.
 
-        **Arguments:** `flow`: any flow; `brownian`: the Brownian path of a stochastic equation, over
-        [-t_noise, -t_data], shaped like one example: `diffrax.VirtualBrownianTree`, or `StepNoise` on a fixed grid.
+        **Arguments:** `flow`: any flow, but for a stochastic equation one that has a score; `brownian`: the Brownian
+        path of a stochastic equation, over [-t_noise, -t_data], shaped like one example:
+        `diffrax.VirtualBrownianTree`, or `StepNoise` on a fixed grid.
         """
 
     def drift_mixture(self, path: AbstractPath, t: Scalar) -> Triple:
@@ -118,12 +122,14 @@ class ProbabilityFlow(_AbstractNoiseless):
 
     stochastic: ClassVar[bool] = False
 
-    def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
+    def terms(
+        self, flow: AbstractVelocityFlow, brownian: diffrax.AbstractBrownianPath | None = None
+    ) -> diffrax.AbstractTerm:
         if brownian is not None:
             raise ValueError(
                 "ProbabilityFlow got a Brownian path, but draws no noise: leave it out, or use ReverseSDE(eta)."
             )
-        return diffrax.ODETerm(FlowField(flow, self))
+        return diffrax.ODETerm(vector_field(flow, self))
 
 
 class AddedNoise(_AbstractNoiseless):
@@ -134,7 +140,9 @@ class AddedNoise(_AbstractNoiseless):
 
     stochastic: ClassVar[bool] = True
 
-    def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
+    def terms(
+        self, flow: AbstractVelocityFlow, brownian: diffrax.AbstractBrownianPath | None = None
+    ) -> diffrax.AbstractTerm:
         return _stochastic_terms(self, flow, brownian)
 
 
@@ -235,7 +243,9 @@ class ReverseSDE(AbstractDynamics):
             share = jnp.exp(-exponent)
         return jnp.where(outside, 1, share)
 
-    def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
+    def terms(
+        self, flow: AbstractVelocityFlow, brownian: diffrax.AbstractBrownianPath | None = None
+    ) -> diffrax.AbstractTerm:
         return _stochastic_terms(self, flow, brownian)
 
     def _w(self, t: Scalar) -> Scalar:
@@ -283,7 +293,9 @@ class ExtendedReverseSDE(AbstractDynamics):
     def kept(self, path: AbstractPath, t_from: Scalar, t_to: Scalar) -> Scalar:
         return jnp.exp(self.log_scaler(_ratio(path, t_to)) - self.log_scaler(_ratio(path, t_from)))
 
-    def terms(self, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None = None) -> diffrax.AbstractTerm:
+    def terms(
+        self, flow: AbstractVelocityFlow, brownian: diffrax.AbstractBrownianPath | None = None
+    ) -> diffrax.AbstractTerm:
         return _stochastic_terms(self, flow, brownian)
 
 
@@ -294,16 +306,33 @@ def _ratio(path: AbstractPath, t: Scalar) -> Scalar:
 
 
 def _stochastic_terms(
-    dynamics: AbstractDynamics, flow: AbstractFlow, brownian: diffrax.AbstractBrownianPath | None
+    dynamics: AbstractDynamics, flow: AbstractVelocityFlow, brownian: diffrax.AbstractBrownianPath | None
 ) -> diffrax.AbstractTerm:
     """Drift and diffusion of a stochastic equation."""
+    check_noise(dynamics, flow)
     if brownian is None:
         raise ValueError(
             f"{type(dynamics).__name__}.terms got no Brownian path, but draws noise: pass e.g. "
             "diffrax.VirtualBrownianTree(-path.t_noise, -path.t_data, tol=1e-3, shape=like, key=key)."
         )
-    drift = diffrax.ODETerm(FlowField(flow, dynamics))
+    drift = diffrax.ODETerm(vector_field(flow, dynamics))
     return diffrax.MultiTerm(drift, diffrax.ControlTerm(_Diffusion(flow.path, dynamics), brownian))
+
+
+def check_noise(dynamics: AbstractDynamics, flow: AbstractVelocityFlow) -> None:
+    """Raise unless the flow offers what the noise of a stochastic equation wants."""
+    own_diffusion = isinstance(dynamics, ReverseSDE) and dynamics.weight is not None
+    if not isinstance(flow, AbstractFlow) and not own_diffusion:
+        raise TypeError(
+            f"{type(dynamics).__name__} takes its noise from a Gaussian path, but a {type(flow).__name__} has none: "
+            "give w(t) by name, e.g. ReverseSDE(diffusion=lambda t: sigma**2)."
+        )
+    check_has_score(flow, f"{type(dynamics).__name__}, which wants a score,")
+
+
+def vector_field(flow: AbstractVelocityFlow, dynamics: AbstractDynamics) -> "FlowField | _BridgeField":
+    """The drift (s, x, args) -> dx/ds of a flow under some dynamics."""
+    return FlowField(flow, dynamics) if isinstance(flow, AbstractFlow) else _BridgeField(flow, dynamics)
 
 
 class FlowField(eqx.Module):
@@ -315,6 +344,9 @@ class FlowField(eqx.Module):
     def __call__(self, s: ScalarLike, x: State, args: Args) -> State:
         """The drift at one example x, at time t = -s."""
         t = -as_scalar(s)
+        if isinstance(self.dynamics, _AbstractNoiseless) and self.flow.prediction == Velocity():
+            # The network's own output, without a conversion that reads x once more.
+            return linear_combination((-1.0,), (network_output(self.flow, t, x, args),))
         return self.mixture(self.dynamics.drift_mixture(self.flow.path, t), t, x, args)
 
     def mixture(self, target: Triple, t: Scalar, x: State, args: Args) -> State:
@@ -322,8 +354,22 @@ class FlowField(eqx.Module):
         return combine(self.flow.mixture_weights(t, target), x, network_output(self.flow, t, x, args))
 
 
+class _BridgeField(eqx.Module):
+    """The drift of a flow whose velocity and score are networks of their own, see `bridges`."""
+
+    flow: AbstractVelocityFlow
+    dynamics: AbstractDynamics
+
+    def __call__(self, s: ScalarLike, x: State, args: Args) -> State:
+        t = -as_scalar(s)
+        velocity, score = network_output(self.flow, t, x, args)
+        if not self.dynamics.stochastic:
+            return linear_combination((-1.0,), (velocity,))
+        return linear_combination((-1.0, 0.5 * self.dynamics.diffusion(self.flow.path, t) ** 2), (velocity, score))
+
+
 @eqx.filter_jit
-def network_output(flow: AbstractFlow, t: Scalar, x: State, args: Args) -> State:
+def network_output(flow: AbstractVelocityFlow, t: Scalar, x: State, args: Args) -> PyTree:
     """`flow.output` behind its own jit: Diffrax traces a vector field three times, this keeps the network at one."""
     return flow.output(t, x, args)
 

@@ -10,12 +10,14 @@ a float32 scalar (float64 under x64), `x` a pytree of arrays and `args` any pytr
 """
 
 import abc
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
-from ._checks import check, check_state, describe, is_concrete
+from ._checks import check, check_state, check_type, describe, is_concrete
 from ._numerics import as_scalar, linear_combination
 from ._types import Args, Network, PRNGKey, Scalar, ScalarLike, State
 from .paths import AbstractPath
@@ -31,19 +33,48 @@ from .predictions import (
     conversion_weights,
     convert,
 )
+from .sources import AbstractSource, Normal
 
-__all__ = ["AbstractFlow", "Flow", "OnPath", "TimeReversed", "VarianceFlow"]
+__all__ = ["AbstractFlow", "AbstractVelocityFlow", "Flow", "OnPath", "TimeReversed", "VarianceFlow"]
 
 
-class AbstractFlow(eqx.Module):
+class AbstractVelocityFlow(eqx.Module):
+    """Anything whose velocity carries a source to the data over the times of a path: all that an ODE solver wants."""
+
+    path: eqx.AbstractVar[AbstractPath]
+    #: The law at the noise end.
+    source: eqx.AbstractVar[AbstractSource]
+
+    @property
+    @abc.abstractmethod
+    def has_score(self) -> bool:
+        """Whether it offers a score, and so a stochastic equation."""
+
+    @abc.abstractmethod
+    def velocity(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+        """dx_t/dt of the probability flow."""
+
+    @abc.abstractmethod
+    def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> PyTree:
+        """What the networks give in one evaluation."""
+
+
+class AbstractFlow(AbstractVelocityFlow):
     """Anything that predicts one quantity on a path: a network, a guided network, an exact oracle."""
 
     path: eqx.AbstractVar[AbstractPath]
     prediction: eqx.AbstractVar[AbstractPrediction]
+    #: The law of eps; with another than `sources.Normal` there is no score.
+    source: eqx.AbstractVar[AbstractSource]
 
     @abc.abstractmethod
     def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         """The value of `self.prediction` at (t, x), of the structure of `x`."""
+
+    @property
+    def has_score(self) -> bool:
+        """Whether -E[eps|x_t]/sigma is a score."""
+        return self.source.has_score
 
     def predict(
         self,
@@ -54,7 +85,12 @@ class AbstractFlow(eqx.Module):
         *,
         key: PRNGKey | None = None,
     ) -> State:
-        """Any prediction at (t, x), converted from the flow's own; raises as `convert` does."""
+        """Any prediction at (t, x), converted from the flow's own; raises as `convert` does.
+
+        **Raises:** `TypeError` for the score of a flow that has none, see `sources`.
+        """
+        if isinstance(prediction, Score):
+            check_has_score(self, "A score")
         t = as_scalar(t)
         inside = self.path.contains(t)
         if is_concrete(inside):
@@ -70,7 +106,7 @@ class AbstractFlow(eqx.Module):
         return self.predict(Velocity(), t, x, args, key=key)
 
     def score(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
-        """grad ln p_t(x) = -E[eps|x_t]/sigma."""
+        """grad ln p_t(x) = -E[eps|x_t]/sigma; raises unless the flow's source is `sources.Normal`."""
         return self.predict(Score(), t, x, args, key=key)
 
     def denoised(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
@@ -101,16 +137,20 @@ class Flow(AbstractFlow):
     - `network`: `network(t, x, args, *, key=None)`, one example in, its structure, shapes and dtypes out;
     - `path`: the Gaussian path it was or will be trained on;
     - `prediction`: what the network predicts. With a preconditioner: what the preconditioned network predicts;
-    - `preconditioner`: None, or for instance `EDMPreconditioner(data_std)`.
+    - `preconditioner`: None, or for instance `EDMPreconditioner(data_std)`;
+    - `source`: the law of the noise, `sources.Normal()` by default. `sources.CoupledNormal()` for a flow that is
+      trained with a coupling, `sources.Source(draw)` for one from any other law.
 
-    **Raises:** `ValueError` if the network's output is not shaped as its input (when it is first called), or if
-    the preconditioner predicts something else than `prediction`.
+    **Raises:** `TypeError` for a `Score` prediction from a source that has no score; `ValueError` if the network's
+    output is not shaped as its input (when it is first called), or if the preconditioner predicts something else than
+    `prediction`.
     """
 
     network: Network
     path: AbstractPath
     prediction: AbstractPrediction
     preconditioner: AbstractPreconditioner | None = None
+    source: AbstractSource = Normal()
 
     def __check_init__(self):
         if not callable(self.network):
@@ -124,6 +164,9 @@ class Flow(AbstractFlow):
                 "wants instances in the order Flow(network, path, prediction), e.g. paths.Linear(), "
                 "predictions.Velocity()."
             )
+        check_type(self.source, AbstractSource, "source", "an instance such as fs.sources.CoupledNormal()")
+        if isinstance(self.prediction, Score):
+            check_has_score(self, "A network that predicts the score")
         if self.preconditioner is not None and self.preconditioner.prediction != self.prediction:
             raise ValueError(
                 f"Flow got prediction {type(self.prediction).__name__} with a preconditioner that predicts "
@@ -138,7 +181,7 @@ class Flow(AbstractFlow):
             output = self.network(t, x, args, key=key)
         else:
             output = self.preconditioner.apply(self.network, self.path, t, x, args, key=key)
-        _check_output(output, x)
+        check_output(output, x)
         return output
 
 
@@ -155,6 +198,7 @@ class VarianceFlow(AbstractFlow):
     network: Network
     path: AbstractPath
     prediction: AbstractPrediction
+    source: ClassVar[AbstractSource] = Normal()
 
     def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         return self.output_and_interpolation(t, x, args, key=key)[0]
@@ -168,11 +212,23 @@ class VarianceFlow(AbstractFlow):
         if not (isinstance(both, tuple) and len(both) == 2):
             raise ValueError(f"The network of a VarianceFlow returned {describe(both)}, but wants a pair (output, nu).")
         for part in both:
-            _check_output(part, x)
+            check_output(part, x)
         return both
 
 
-def _check_output(output: State, x: State) -> None:
+def check_has_score(flow: AbstractVelocityFlow, what: str) -> None:
+    """Raise unless the flow offers a score."""
+    if isinstance(flow, AbstractFlow) and not flow.has_score:
+        raise TypeError(
+            f"{what} was asked of a flow whose source is {type(flow.source).__name__}, but a score exists for noise "
+            "that is normal and independent of the data: use the velocity and ProbabilityFlow, or train without a "
+            "coupling and with sources.Normal()."
+        )
+    if not flow.has_score:
+        raise TypeError(f"{what} was asked of a {type(flow).__name__} without a score: give it a score_network.")
+
+
+def check_output(output: State, x: State) -> None:
     """Raise unless a network's output has the structure, shapes and dtypes of its input."""
     same = jax.tree.structure(output) == jax.tree.structure(x) and all(
         hasattr(o, "shape") and o.shape == i.shape and o.dtype == i.dtype
@@ -235,6 +291,11 @@ class OnPath(AbstractFlow):
                 _end_within(path, path.t_noise, flow.path, flow.path.t_noise, sign=1),
             )
         self.path = eqx.tree_at(lambda p: (p.t_data, p.t_noise), path, ends)
+
+    @property
+    def source(self) -> AbstractSource:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The law of the noise, the trained flow's."""
+        return self.flow.source
 
     def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         t = as_scalar(t)

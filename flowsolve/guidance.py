@@ -17,6 +17,7 @@ from ._types import Args, PRNGKey, Scalar, ScalarLike, State
 from .flow import AbstractFlow
 from .paths import AbstractPath
 from .predictions import AbstractPrediction
+from .sources import AbstractSource
 
 __all__ = ["ClassifierFree"]
 
@@ -54,6 +55,11 @@ class ClassifierFree(AbstractFlow):
     def prediction(self) -> AbstractPrediction:  # pyright: ignore[reportIncompatibleVariableOverride]
         """What the guided flow predicts."""
         return self.flow.prediction
+
+    @property
+    def source(self) -> AbstractSource:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The guided flow's source."""
+        return self.flow.source
 
     def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         if describe(jax.tree.map(jnp.asarray, args)) != describe(self.null):

@@ -3,7 +3,8 @@ r"""The exact log-density of a flow, by the change of variables along the probab
 $$\ln p(x_0) = \ln N(x_T;\, 0,\, \sigma(t_\mathrm{noise})^2 I)
    + \int_{t_\mathrm{data}}^{t_\mathrm{noise}} \nabla \cdot v(t, x_t)\, dt, \qquad \frac{dx}{dt} = v$$
 
-in nats. It is the density of what `sample` draws: the flow started from the path's own prior. (On a path whose prior
+in nats, from a normal source; from another one with its own density at the noise end. It is the density of what
+`sample` draws: the flow started from the path's own prior. (On a path whose prior
 is not quite its marginal at t_noise, such as VP or EDM, that differs a little from the density the network was
 trained on.) The integral is carried beside the state and kept out of the error norm of an adaptive controller.
 
@@ -23,12 +24,12 @@ from jaxtyping import PyTree
 
 from ._checks import check, check_count, check_key, check_state, check_type
 from ._integrate import check_network, integrate, nan_on_failure, raise_on_failure
-from ._numerics import as_scalar, as_state, normal_with, state_like, tree_dot, tree_size
-from ._settings import Settings, opaque, settle
+from ._numerics import as_scalar, as_state, state_like
+from ._settings import Settings, draw_prior, log_prior, opaque, settle
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .divergence import AbstractDivergence, Exact
-from .dynamics import FlowField, ProbabilityFlow
-from .flow import AbstractFlow
+from .dynamics import ProbabilityFlow, vector_field
+from .flow import AbstractVelocityFlow
 from .grids import AbstractGrid
 from .solvers import AbstractFlowSolver
 
@@ -36,7 +37,7 @@ __all__ = ["bits_per_dim", "log_prob", "sample_and_log_prob"]
 
 
 def log_prob(
-    flow: AbstractFlow,
+    flow: AbstractVelocityFlow,
     x_data: State,
     args: Args = None,
     *,
@@ -80,7 +81,7 @@ def log_prob(
 
 
 def sample_and_log_prob(
-    flow: AbstractFlow,
+    flow: AbstractVelocityFlow,
     like: Like,
     *,
     key: PRNGKey,
@@ -108,7 +109,7 @@ def sample_and_log_prob(
     start_key, probe_key = jax.random.split(check_key(key, "sampling"))
     check_type(divergence, AbstractDivergence, "divergence", "an instance such as fs.divergence.Exact()")
     settings = _settle(flow, solver, grid, controller, t_start, t_end, data_mean, data_std, encode=False)
-    x_noise = normal_with(start_key, state_like(like), settings.prior)
+    x_noise = draw_prior(flow, settings, start_key, state_like(like))
     value, result = _solve(flow, x_noise, args, settings, divergence, probe_key, adjoint, max_steps, encode=False)
     return raise_on_failure(result, value) if throw else value
 
@@ -131,7 +132,7 @@ def bits_per_dim(log_prob: Scalar, dim: int | np.integer, *, bin_width: ScalarLi
 class _AugmentedField(eqx.Module):
     """The probability flow and d ln p/ds = div v along it, in s = -t."""
 
-    field: FlowField
+    field: Callable[[ScalarLike, State, Args], State]
     divergence: AbstractDivergence
     probes: PyTree
 
@@ -180,15 +181,14 @@ def _settle(flow, solver, grid, controller, t_start, t_end, data_mean, data_std,
         dynamics=ProbabilityFlow(),
         t_start=t_start,
         t_end=t_end,
-        data_mean=data_mean,
-        data_std=data_std,
+        moments=(data_mean, data_std),
         encode=encode,
     )
 
 
 @eqx.filter_jit
 def _solve(
-    flow: AbstractFlow,
+    flow: AbstractVelocityFlow,
     x_start: State,
     args: Args,
     settings: Settings,
@@ -202,18 +202,10 @@ def _solve(
     """The final state and ln p of the data's end, both NaN if the solve failed."""
     check_network(flow, x_start, args)
     settings = opaque(settings)
-    field = _AugmentedField(FlowField(flow, settings.dynamics), divergence, divergence.probes(x_start, key))
+    field = _AugmentedField(vector_field(flow, settings.dynamics), divergence, divergence.probes(x_start, key))
     state = (x_start, jnp.zeros_like(settings.t_start))
     sol = integrate(diffrax.ODETerm(field), settings, state, args, adjoint=adjoint, max_steps=max_steps)
     x_end, change = jax.tree.map(lambda leaf: leaf[-1], sol.ys)
     x_noise, from_noise = (x_end, -change) if encode else (x_start, change)
-    log_p = _log_prior(settings.prior, x_noise) + from_noise
+    log_p = log_prior(flow, settings, x_noise) + from_noise
     return nan_on_failure(sol.result, (x_end, log_p)), sol.result
-
-
-def _log_prior(moments: tuple[Scalar, Scalar], x: State) -> Scalar:
-    """ln N(x; mean, std^2 I)."""
-    mean, std = moments
-    centred = jax.tree.map(lambda leaf: leaf - mean.astype(leaf.dtype), x)
-    square = as_scalar(tree_dot(centred, centred))
-    return -0.5 * square / std**2 - tree_size(x) * (jnp.log(std) + 0.5 * math.log(2 * math.pi))

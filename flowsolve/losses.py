@@ -17,8 +17,6 @@ multiplied by a number: nothing is converted, nothing cancels, and what is finit
 path is computed there.
 """
 
-import abc
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,24 +26,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Real
 
-from ._checks import check_key, check_state, describe, is_concrete
+from ._checks import check, check_key, check_positive, check_state, check_type, describe, known
 from ._numerics import as_scalar, linear_combination, normal_like
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
+from .bridges import BridgeFlow
+from .couplings import AbstractCoupling, Independent, Pairs
 from .flow import AbstractFlow
 from .paths import AbstractPath
-from .predictions import AbstractPrediction, Triple
+from .predictions import AbstractPrediction, error_scale
 from .times import AbstractTimes, Uniform
+from .weights import AbstractWeight
 
 __all__ = [
-    "AbstractWeight",
     "Aux",
-    "EDMWeight",
+    "BridgeRegression",
     "Huber",
     "NormalNoise",
     "PseudoHuber",
     "Regression",
-    "SNRWeight",
-    "Weight",
     "absolute",
     "squared",
 ]
@@ -70,7 +68,7 @@ class Huber(eqx.Module):
     delta: Scalar = eqx.field(default=1.0, converter=as_scalar)
 
     def __check_init__(self):
-        _check_positive(self, "delta", self.delta)
+        check_positive(self, "delta")
 
     def __call__(self, error: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The loss of each element."""
@@ -89,81 +87,12 @@ class PseudoHuber(eqx.Module):
     c: Scalar = eqx.field(default=1.0, converter=as_scalar)
 
     def __check_init__(self):
-        _check_positive(self, "c", self.c)
+        check_positive(self, "c")
 
     def __call__(self, error: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The loss of each element, in the form that does not cancel near 0."""
         scaled = error / self.c.astype(error.dtype)
         return error**2 / (1 + jnp.sqrt(1 + scaled**2))
-
-
-class AbstractWeight(eqx.Module):
-    r"""A weight w(t), stated on the $x_0$ loss: w |error of the data prediction|^2.
-
-    It is given by the combination $(a x_0 + b \epsilon)/c$ whose plain squared error is the
-    weighted $x_0$ loss,
-
-    $$w = \left(\frac{a\sigma - b\alpha}{c\,\sigma}\right)^2 ,$$
-
-    because a, b and c are finite at both ends of a path, where w itself often is not. A loss in
-    another prediction has the weight that makes its squared loss the same.
-    """
-
-    @abc.abstractmethod
-    def coefficients(self, path: AbstractPath, t: Scalar) -> Triple:
-        """(a, b, c) at time t."""
-
-    def __call__(self, path: AbstractPath, t: ScalarLike) -> Scalar:
-        """w(t) on the x_0 loss, a scalar; infinite where it is."""
-        t = as_scalar(t)
-        return _error_scale(path, t, (jnp.ones_like(t), jnp.zeros_like(t)), self.coefficients(path, t)) ** 2
-
-
-class Weight(AbstractWeight):
-    """The user's weight on the x_0 loss.
-
-    **Arguments:** `function`: (path, t) -> w, a scalar >= 0.
-    """
-
-    function: Callable[[AbstractPath, Scalar], Scalar]
-
-    def coefficients(self, path: AbstractPath, t: Scalar) -> Triple:
-        root = jnp.sqrt(as_scalar(self.function(path, t)))
-        return root, jnp.zeros_like(t), jnp.ones_like(t)
-
-
-class SNRWeight(AbstractWeight):
-    """w = alpha^2/sigma^2: the unweighted loss of the noise, and the score loss weighted by sigma^2.
-
-    Source: Song et al. (2020), arXiv 2011.13456; Ho, Jain & Abbeel (2020), arXiv 2006.11239.
-    """
-
-    def coefficients(self, path: AbstractPath, t: Scalar) -> Triple:
-        del path
-        return jnp.zeros_like(t), jnp.ones_like(t), jnp.ones_like(t)
-
-
-class EDMWeight(AbstractWeight):
-    r"""EDM's weight on any path: w = (r^2 + s^2)/(r s)^2 with r = sigma/alpha and s = `data_std`.
-
-    It is 1/c_out^2 of `EDMPreconditioner` at the same s, so that the network's own loss is
-    unweighted and its target $(\sigma x_0 - \alpha s^2 \epsilon)/(s \sqrt{\sigma^2 + \alpha^2
-    s^2})$ has unit variance at every t.
-
-    **Arguments:** `data_std`: standard deviation of the data's elements, the preconditioner's.
-
-    Source: Karras et al. (2022), arXiv 2206.00364, where alpha = 1.
-    """
-
-    data_std: Scalar = eqx.field(default=0.5, converter=as_scalar)
-
-    def __check_init__(self):
-        _check_positive(self, "data_std", self.data_std)
-
-    def coefficients(self, path: AbstractPath, t: Scalar) -> Triple:
-        alpha, sigma = path.coefficients(t)
-        norm = self.data_std * jnp.sqrt(sigma**2 + (alpha * self.data_std) ** 2)
-        return sigma, -alpha * self.data_std**2, norm
 
 
 class NormalNoise(eqx.Module):
@@ -210,19 +139,23 @@ class Regression(eqx.Module):
     | published loss | path, prediction of the flow | loss |
     |---|---|---|
     | flow matching | `Linear()`, `Velocity()` | `Regression()` |
-    | score matching, weight sigma^2 | `VP()`, `Score()` | `Regression(weight=SNRWeight())` |
+    | score matching, weight sigma^2 | `VP()`, `Score()` | `Regression(weight=weights.SNR())` |
     | DDPM | `VP()`, `Noise()` | `Regression()` |
-    | EDM | `EDM()`, `Data()`, `EDMPreconditioner(s)` | `Regression(LogNormal(), weight=EDMWeight(s))` |
+    | EDM | `EDM()`, `Data()`, `EDMPreconditioner(s)` | `Regression(LogNormal(), weight=weights.EDM(s))` |
 
     **Arguments:**
 
     - `times`: the distribution of t; uniform between the path's ends by default;
     - `target`: the prediction whose error is taken. None: what the flow itself predicts;
-    - `weight`: None: unweighted in `target`. Otherwise a weight on the x_0 loss, which is converted
-      to `target`, so that the squared loss is the same number for every target;
+    - `weight`: None: unweighted in `target`. Otherwise one of `weights`, stated on the x_0 loss and
+      converted to `target`, so that the squared loss is the same number for every target;
     - `elementwise`: error -> loss of each element: `squared`, `absolute`, `Huber(delta)`,
       `PseudoHuber(c)` or any function;
-    - `noise`: (key, like) -> noise like one example; standard normal by default.
+    - `noise`: (key, like) -> noise like one example, in place of the flow's own source;
+    - `coupling`: which noise goes with which example of the batch, `couplings.Independent()` by default. With any other
+      the flow's source is no `sources.Normal`, as it then has no score.
+
+    Where the data are `couplings.Pairs`, no noise is drawn: the coupling pairs the noise that was given.
 
     Data in half precision is brought to float32 first: times, states and losses are float32, and a
     network that computes in another dtype casts its output back.
@@ -237,13 +170,15 @@ class Regression(eqx.Module):
     target: AbstractPrediction | None = None
     weight: AbstractWeight | None = None
     elementwise: Callable[[Array], Array] = squared
-    noise: Callable[[PRNGKey, Like], State] = normal_like
+    noise: Callable[[PRNGKey, Like], State] | None = None
+    coupling: AbstractCoupling = Independent()
 
     def __check_init__(self):
         wanted = {
             "times": AbstractTimes,
             "target": AbstractPrediction | None,
             "weight": AbstractWeight | None,
+            "coupling": AbstractCoupling,
         }
         for name, kind in wanted.items():
             value = getattr(self, name)
@@ -251,7 +186,7 @@ class Regression(eqx.Module):
                 raise TypeError(
                     f"Regression got {name} = {value!r}, but wants an instance, for instance "
                     "times=times.LogitNormal(), target=predictions.Velocity() or "
-                    "weight=losses.Weight(function)."
+                    "weight=weights.MinSNR()."
                 )
 
     def one(
@@ -278,13 +213,13 @@ class Regression(eqx.Module):
         path = flow.path
         a, b, c = flow.prediction.coefficients(path, t)
         target = (a, b, c) if self.target is None else self.target.coefficients(path, t)
-        scale = _error_scale(path, t, (a, b), target)
+        scale = error_scale(path, t, (a, b), target)
 
         output = flow.output(t, path.interpolate(t, x0, noise), args, key=key)
         error = linear_combination((c, -a, -b), (output, x0, noise))
         if self.weight is None:
             return _where_finite(scale, _mean(self.elementwise, scale, error, mask))
-        weighted = _error_scale(path, t, (a, b), self.weight.coefficients(path, t))
+        weighted = error_scale(path, t, (a, b), self.weight.coefficients(path, t))
         # At an end the target's scale may be 0 or infinite and the weighted loss finite all the same. A power of 2
         # far out gives its limit, to the last bit if the loss is squared.
         scale = jnp.where(scale == 0, 2.0**-20, jnp.where(jnp.isinf(scale), 2.0**20, scale))
@@ -309,7 +244,8 @@ class Regression(eqx.Module):
         **Arguments:**
 
         - `flow`: the flow to train;
-        - `x0`: a batch of data, a pytree of floating-point arrays with a leading batch axis;
+        - `x0`: a batch of data, a pytree of floating-point arrays with a leading batch axis, or `couplings.Pairs` of
+          such a batch and its noise;
         - `args`: the network's, a pytree whose arrays have the same leading axis, or None;
         - `key`: one typed key, for times, noise and the network;
         - `example_weight`: (batch,) numbers >= 0 for the mean over examples, None for equal ones;
@@ -321,42 +257,154 @@ class Regression(eqx.Module):
         t)`.
 
         **Raises:** `ValueError` or `TypeError` for data that is not floating point, batch axes that
-        disagree, an empty batch, or a missing or wrong key.
+        disagree, an empty batch, a missing or wrong key, or noise that depends on the data for a flow whose source
+        says that it does not.
         """
-        key = check_key(key, "a training loss")
-        x0, args, mask = _without_numpy((x0, args, mask))
-        num = _batch_size(x0)
-        _check_batch_axis(args, num)
-        x0 = jax.tree.map(_at_least_float32, x0)
-        mask = _mask_like(mask, x0, num)
 
-        key_times, key_examples = jax.random.split(key)
-        t = self.times.sample(flow.path, key_times, num)
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key_examples, i)))(jnp.arange(num))
-        noise = jax.vmap(self.noise)(keys[:, 0], x0)
+        check_type(flow, AbstractFlow, "flow", "a fs.Flow: for a BridgeFlow take BridgeRegression")
 
-        def one(x0, args, t, noise, key, mask):
+        def one(x0: State, noise: State, args: Args, t: Scalar, key: PRNGKey, mask: PyTree | None) -> Scalar:
             return self.one(flow, x0, args, t=t, noise=noise, key=key, mask=mask)
 
-        losses = eqx.filter_vmap(one)(x0, args, t, noise, keys[:, 1], mask)
+        if (isinstance(x0, Pairs) or not self.coupling.independent) and flow.source.has_score:
+            what = "Pairs" if isinstance(x0, Pairs) else type(self.coupling).__name__
+            raise TypeError(
+                f"{what} made the noise depend on the data, but the flow's source is Normal, from which it would take "
+                "a score: make it with source=fs.sources.CoupledNormal(), or fs.sources.Source(draw) for noise of "
+                "another law."
+            )
+        draw = flow.source.sample if self.noise is None else self.noise
+        return _over_batch(
+            one,
+            flow.path,
+            self.times,
+            self.coupling,
+            draw,
+            x0,
+            args,
+            key=key,
+            example_weight=example_weight,
+            mask=mask,
+        )
 
-        weights = _example_weights(example_weight, mask, num, losses.dtype)
-        total = jnp.sum(weights)
-        value = jnp.sum(weights * losses) / jnp.where(total == 0, 1, total)
-        return value, Aux(losses, t)
+
+class BridgeRegression(eqx.Module):
+    r"""Regression of a `BridgeFlow`'s velocity and, if it has one, of its score.
+
+    Per example, with x_1 the noise that the coupling gave it, z ~ N(0, I) and $x_t$ on the bridge between them,
+
+        mean |velocity - (x_1 - x_0 + gamma' z)|^2 + score_weight * mean |gamma score + z|^2
+
+    **Arguments:**
+
+    - `coupling`: `couplings.Sinkhorn(2 * sigma**2, replace=True)` for the Schroedinger bridge;
+    - `times`: inside of 0 and 1, at which gamma' is infinite; uniform from 0.001 to 0.999 by default;
+    - `score_weight`: >= 0.
+
+    Source: Tong et al. (2023), arXiv 2307.03672. Deviation: the score's weight is gamma^2, with which its target has
+    unit variance, up to a constant that of the paper.
+    """
+
+    coupling: AbstractCoupling
+    times: AbstractTimes = eqx.field(default_factory=lambda: Uniform(t_min=1e-3, t_max=1 - 1e-3))
+    score_weight: Scalar = eqx.field(default=1.0, converter=as_scalar)
+
+    def __check_init__(self):
+        check_type(self.coupling, AbstractCoupling, "coupling", "an instance such as fs.couplings.Assignment()")
+        check_type(self.times, AbstractTimes, "times", "an instance such as fs.times.Uniform()")
+
+    def one(
+        self,
+        flow: BridgeFlow,
+        x0: State,
+        args: Args = None,
+        *,
+        t: ScalarLike,
+        source: State,
+        noise: State,
+        key: PRNGKey | None = None,
+        mask: PyTree[Bool[Array, "..."]] | None = None,
+    ) -> Scalar:
+        """The loss of one example with x_1 = `source` and z = `noise`; the rest as in `Regression.one`."""
+        t = as_scalar(t)
+        gamma, d_gamma = flow.width(t)
+        velocity, score = flow.output(t, flow.interpolate(t, x0, source, noise), args, key=key)
+        error = linear_combination((1, -1, 1, -d_gamma), (velocity, source, x0, noise))
+        loss = _mean(squared, jnp.ones_like(t), error, mask)
+        if score is None:
+            return loss
+        error = linear_combination((gamma, 1), (score, noise))
+        return loss + self.score_weight * _mean(squared, jnp.ones_like(t), error, mask)
+
+    def __call__(
+        self,
+        flow: BridgeFlow,
+        x0: State,
+        args: Args = None,
+        *,
+        key: PRNGKey,
+        example_weight: Real[Array, " batch"] | None = None,
+        mask: PyTree[Bool[Array, "..."]] | None = None,
+    ) -> tuple[Scalar, Aux]:
+        """The loss of a batch and the terms it is made of, as in `Regression`.
+
+        **Raises:** as there; `TypeError` for a flow that is no `BridgeFlow`.
+        """
+        check_type(flow, BridgeFlow, "flow", "a fs.BridgeFlow: for another flow take Regression")
+
+        def one(x0: State, source: State, args: Args, t: Scalar, key: PRNGKey, mask: PyTree | None) -> Scalar:
+            noise_key, key = jax.random.split(key)
+            noise = normal_like(noise_key, x0)
+            return self.one(flow, x0, args, t=t, source=source, noise=noise, key=key, mask=mask)
+
+        return _over_batch(
+            one,
+            flow.path,
+            self.times,
+            self.coupling,
+            flow.source.sample,
+            x0,
+            args,
+            key=key,
+            example_weight=example_weight,
+            mask=mask,
+        )
 
 
-def _error_scale(path: AbstractPath, t: Scalar, source: tuple[Scalar, Scalar], target: Triple) -> Scalar:
-    """The factor from an error of a x_0 + b eps, source = (a, b), to one of the target (a2 x_0 + b2 eps)/c2."""
-    (a, b), (a2, b2, c2) = source, target
-    alpha, sigma = path.coefficients(t)
-    # Parallel combinations differ by a number, also where the source says nothing about any other.
-    parallel = a * b2 == a2 * b
-    on_data = jnp.abs(a) > jnp.abs(b)
-    numerator = jnp.where(parallel, jnp.where(on_data, a2, b2), a2 * sigma - b2 * alpha)
-    denominator = c2 * jnp.where(parallel, jnp.where(on_data, a, b), a * sigma - b * alpha)
-    singular = denominator == 0
-    return jnp.where(singular, jnp.inf, numerator / jnp.where(singular, 1, denominator))
+def _over_batch(
+    one: Callable[[State, State, Args, Scalar, PRNGKey, PyTree | None], Scalar],
+    path: AbstractPath,
+    times: AbstractTimes,
+    coupling: AbstractCoupling,
+    draw: Callable[[PRNGKey, Like], State],
+    x0: State | Pairs,
+    args: Args,
+    *,
+    key: PRNGKey,
+    example_weight: Real[Array, " batch"] | None,
+    mask: PyTree[Bool[Array, "..."]] | None,
+) -> tuple[Scalar, Aux]:
+    """The weighted mean over a batch of one(x0, noise, args, t, key, mask), and its terms."""
+    key = check_key(key, "a training loss")
+    x0, args, mask = _without_numpy((x0, args, mask))
+    num = _batch_size(x0)
+    _check_batch_axis(args, num)
+    x0 = jax.tree.map(_at_least_float32, x0)
+    x0, given = (x0.data, x0.noise) if isinstance(x0, Pairs) else (x0, None)
+    mask = _mask_like(mask, x0, num)
+
+    key_times, key_examples = jax.random.split(key)
+    t = times.sample(path, key_times, num)
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key_examples, i)))(jnp.arange(num))
+    noise = jax.vmap(draw)(keys[:, 0], x0) if given is None else given
+    if not isinstance(coupling, Independent):
+        noise = coupling(jax.random.fold_in(key_times, 1), x0, noise, args)
+    losses = eqx.filter_vmap(one)(x0, noise, args, t, keys[:, 1], mask)
+
+    weights = _example_weights(example_weight, mask, num, losses.dtype)
+    total = jnp.sum(weights)
+    value = jnp.sum(weights * losses) / jnp.where(total == 0, 1, total)
+    return value, Aux(losses, t)
 
 
 def _where_finite(scale: Scalar, loss: Scalar) -> Scalar:
@@ -377,11 +425,6 @@ def _mean(
         total = total + jnp.sum(jnp.where(counts, terms, 0)).astype(scale.dtype)
         count = count + jnp.sum(counts).astype(scale.dtype)
     return total / jnp.maximum(count, 1)
-
-
-def _check_positive(owner: eqx.Module, name: str, value: Scalar) -> None:
-    if is_concrete(value) and not 0 < float(value) < math.inf:
-        raise ValueError(f"{type(owner).__name__} got {name} = {float(value):g}, but wants it positive and finite.")
 
 
 def _without_numpy(tree: PyTree) -> PyTree:
@@ -448,6 +491,11 @@ def _example_weights(
         weights = jnp.ones((num,), dtype)
     else:
         weights = jnp.asarray(example_weight).astype(dtype)
+        weights = check(
+            weights,
+            ~(known(weights) >= 0),
+            "example_weight has a negative number or NaN, but wants weights >= 0: leave an example out with 0.",
+        )
     if weights.shape != (num,):
         raise ValueError(f"example_weight has shape {list(weights.shape)}, but wants one number per example: [{num}].")
     if mask is None:

@@ -18,19 +18,19 @@ from jaxtyping import Array, Int
 
 from ._checks import check_batch, check_count, check_key, check_state
 from ._integrate import check_network, check_saveat, integrate, nan_on_failure, raise_on_failure
-from ._numerics import as_state, normal_with, state_like
-from ._settings import Settings, noise_path, opaque, settle
+from ._numerics import as_state, state_like
+from ._settings import Settings, draw_prior, noise_path, opaque, settle
 from ._types import Args, Like, PRNGKey, ScalarLike, State
 from .batching import raise_on_any_failure, spread, spreading
 from .dynamics import AbstractDynamics
-from .flow import AbstractFlow
+from .flow import AbstractVelocityFlow
 from .grids import AbstractGrid
 
 __all__ = ["encode", "sample", "solve"]
 
 
 def solve(
-    flow: AbstractFlow,
+    flow: AbstractVelocityFlow,
     x_start: State,
     args: Args = None,
     *,
@@ -81,7 +81,7 @@ def solve(
 
 
 def encode(
-    flow: AbstractFlow,
+    flow: AbstractVelocityFlow,
     x_data: State,
     args: Args = None,
     *,
@@ -117,7 +117,7 @@ def encode(
 
 
 def sample(
-    flow: AbstractFlow,
+    flow: AbstractVelocityFlow,
     like: Like,
     *,
     num: int | np.integer,
@@ -141,7 +141,8 @@ def sample(
 ) -> State:
     """Draw `num` samples of a flow, each independent of the others and of `num`.
 
-    Example i starts from the path's prior, N(0, sigma(t_start)^2), with noise from `jax.random.fold_in(key, i)` alone.
+    Example i starts from the path's prior, N(0, sigma(t_start)^2), or from the flow's own source, drawn with
+    `jax.random.fold_in(key, i)` alone.
 
     **Arguments:**
 
@@ -171,8 +172,7 @@ def sample(
         dynamics=dynamics,
         t_start=t_start,
         t_end=t_end,
-        data_mean=data_mean,
-        data_std=data_std,
+        moments=(data_mean, data_std),
     )
     over = spreading(mesh, chunk, progress, flow)
     x, result = _sample(flow, state_like(like), num, key, args, settings, adjoint, max_steps, progress_meter, over)
@@ -189,7 +189,7 @@ def _sample(
         flow, settings, key, rest = shared
         index, args = row
         start_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
-        x_start = normal_with(start_key, like, settings.prior)
+        x_start = draw_prior(flow, settings, start_key, like)
         args = eqx.combine(args, rest)
         return _final(flow, x_start, args, settings, noise_key, adjoint, max_steps, progress_meter)
 
@@ -207,7 +207,7 @@ def _final(flow, x_start, args, settings, key, adjoint, max_steps, progress_mete
 
 @eqx.filter_jit
 def _solve(
-    flow: AbstractFlow,
+    flow: AbstractVelocityFlow,
     x_start: State,
     args: Args,
     settings: Settings,

@@ -21,6 +21,7 @@ over the elements in the order of `jax.flatten_util.ravel_pytree`; their number 
 
 import abc
 import math
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -35,6 +36,7 @@ from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .flow import AbstractFlow
 from .paths import AbstractPath
 from .predictions import AbstractPrediction, Score
+from .sources import AbstractSource, Normal
 
 __all__ = ["AbstractOracle", "Empirical", "Gaussian", "GaussianMixture", "OracleFlow"]
 
@@ -124,6 +126,7 @@ class OracleFlow(AbstractFlow):
     oracle: AbstractOracle
     path: AbstractPath
     prediction: AbstractPrediction
+    source: ClassVar[AbstractSource] = Normal()
 
     def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         del key

@@ -11,7 +11,7 @@ import pytest
 from members import PATHS, PREDICTIONS, REFERENCES
 
 import flowsolve as fs
-from flowsolve import losses, paths, predictions, times
+from flowsolve import couplings, losses, paths, predictions, times, weights
 from flowsolve.losses import Regression
 
 LINEAR, VP, EDM = paths.Linear(), paths.VP(), paths.EDM()
@@ -219,7 +219,7 @@ def test_denoising_score_matching(x64):
     """lambda(t) |s(x_t) - grad ln p(x_t|x_0)|^2 with lambda = sigma^2 (2011.13456, equation 7)."""
     x0, eps = pair()
     flow = fs.Flow(Net(), VP, predictions.Score())
-    loss = Regression(weight=losses.SNRWeight())
+    loss = Regression(weight=weights.SNR())
     for t in (1e-4, 0.3, 1.0):
         integral = 0.1 * t + t**2 * (20 - 0.1) / 2
         mean, variance = np.exp(-integral / 2) * x0, 1 - np.exp(-integral)
@@ -259,7 +259,7 @@ def test_edm(x64):
     x0, eps = pair()
     for data_std in (0.5, 1.7):
         flow = fs.Flow(Net(), EDM, predictions.Data(), fs.EDMPreconditioner(data_std))
-        loss = Regression(times.LogNormal(), weight=losses.EDMWeight(data_std))
+        loss = Regression(times.LogNormal(), weight=weights.EDM(data_std))
         for sigma in (0.002, 0.5, 80.0):
             c_in, c_skip, c_out, c_noise, weight = edm_terms(sigma, data_std)
             x = x0 + sigma * eps
@@ -275,7 +275,7 @@ def test_edm(x64):
 def test_edm_golden_values():
     """Pitfall 7: the paper's defaults, the weight's form, and weight c_out^2 = 1 on any path."""
     assert (times.LogNormal().mean, times.LogNormal().std) == (np.float32(-1.2), np.float32(1.2))
-    weight = losses.EDMWeight()
+    weight = weights.EDM()
     assert weight.data_std == 0.5
     for sigma, expected in [(0.5, 8.0), (0.002, 250004.0), (80.0, 4.00015625)]:
         np.testing.assert_allclose(weight(EDM, sigma), expected, rtol=2e-6)
@@ -283,8 +283,23 @@ def test_edm_golden_values():
         _, _, c_out = fs.EDMPreconditioner(0.5).coefficients(path, jnp.asarray(t))
         np.testing.assert_allclose(weight(path, t) * c_out**2, 1, rtol=1e-6)
     assert np.isinf(weight(LINEAR, 0.0)) and np.isfinite(weight(LINEAR, 1.0))
-    np.testing.assert_allclose(losses.SNRWeight()(LINEAR, 0.25), 9, rtol=1e-6)
-    np.testing.assert_allclose(losses.Weight(lambda path, t: 1 + t)(LINEAR, 0.25), 1.25, rtol=1e-6)
+    np.testing.assert_allclose(weights.SNR()(LINEAR, 0.25), 9, rtol=1e-6)
+    np.testing.assert_allclose(weights.Weight(lambda path, t: 1 + t)(LINEAR, 0.25), 1.25, rtol=1e-6)
+
+
+def test_p2_at_the_clean_end():
+    """With gamma < 1 infinite on the data, with gamma > 1 zero; on the noise zero in any case."""
+    x0, eps = (jnp.asarray(v, jnp.float32) for v in pair())
+    for gamma, on_data in [(0.5, np.inf), (1.5, 0.0)]:
+        loss = Regression(weight=weights.P2(gamma=gamma))
+        for prediction, expected in [(predictions.Data(), on_data), (predictions.Noise(), 0.0)]:
+            assert one(loss, fs.Flow(Net(), LINEAR, prediction), x0, 0.0, eps) == expected
+
+
+def test_soft_min_snr_is_a_sigmoid():
+    for t in (0.05, 0.4, 0.9):
+        snr, gamma = float(jnp.exp(VP.log_snr(t))), 5.0
+        np.testing.assert_allclose(weights.Sigmoid(np.log(gamma))(VP, t), gamma * snr / (gamma + snr), rtol=1e-5)
 
 
 @pytest.mark.parametrize("path", [EDM, LINEAR], ids=["edm", "linear"])
@@ -293,7 +308,7 @@ def test_edm_starts_at_one(path):
     silent = lambda t, x, args, *, key=None: 0 * x  # noqa: E731
     noise_level = fs.preconditioning.angle if path is LINEAR else fs.preconditioning.quarter_log_ratio
     flow = fs.Flow(silent, path, predictions.Data(), fs.EDMPreconditioner(0.5, noise_level))
-    loss = Regression(times.Uniform() if path is LINEAR else times.LogNormal(), weight=losses.EDMWeight(0.5))
+    loss = Regression(times.Uniform() if path is LINEAR else times.LogNormal(), weight=weights.EDM(0.5))
     x0 = 0.5 * jax.random.normal(jax.random.key(1), (20_000, 4))
     _, aux = run(loss, flow, x0, None, KEY)
     order = np.argsort(aux.t)
@@ -304,19 +319,32 @@ def test_edm_starts_at_one(path):
 # --- weights and targets ------------------------------------------------------------------------------------
 
 
-def weights():
+def weight_table():
     return {
-        "edm": losses.EDMWeight(0.7),
-        "snr": losses.SNRWeight(),
-        "user": losses.Weight(lambda path, t: 2 + jnp.sin(path.log_snr(t))),
+        "edm": weights.EDM(0.7),
+        "snr": weights.SNR(),
+        "uniform": weights.Uniform(),
+        "truncated": weights.TruncatedSNR(),
+        "min_snr": weights.MinSNR(3.0),
+        "sigmoid": weights.Sigmoid(-0.7),
+        "p2": weights.P2(0.8),
+        "p2_half": weights.P2(1.2, 0.5),
+        "user": weights.Weight(lambda path, t: 2 + jnp.sin(path.log_snr(t))),
     }
 
 
 def weight64(name, alpha, sigma):
     r = sigma / alpha
+    snr = r**-2.0
     return {
         "edm": (r**2 + 0.49) / (0.7 * r) ** 2,
-        "snr": r**-2.0,
+        "snr": snr,
+        "uniform": 1.0,
+        "truncated": max(snr, 1.0),
+        "min_snr": min(snr, 3.0),
+        "sigmoid": snr / (1 + np.exp(0.7 + np.log(snr))),
+        "p2": snr / (0.8 + snr),
+        "p2_half": snr / (1.2 + snr) ** 0.5,
         "user": 2 + np.sin(2 * np.log(alpha / sigma)),
     }[name]
 
@@ -357,10 +385,10 @@ def test_targets_and_weights(x64):
         for own, own_prediction in PREDICTIONS.items():
             flow = fs.Flow(own_network(own_prediction), path, own_prediction)
             for target, target_prediction in PREDICTIONS.items():
-                settings = {"none": {}, "edm": {"weight": weights()["edm"]}}
+                settings = {"none": {}, "edm": {"weight": weight_table()["edm"]}}
                 if own == "velocity":
-                    settings |= {kind: {"weight": weight} for kind, weight in weights().items()}
-                    settings["huber"] = {"weight": weights()["edm"], "elementwise": huber}
+                    settings |= {kind: {"weight": weight} for kind, weight in weight_table().items()}
+                    settings["huber"] = {"weight": weight_table()["edm"], "elementwise": huber}
                 for kind, setting in settings.items():
                     loss = Regression(target=target_prediction, **setting)
                     found[f"{own} {target} {kind}"] = loss.one(flow, jnp.asarray(x0), t=t, noise=jnp.asarray(eps))
@@ -387,6 +415,18 @@ def test_targets_and_weights(x64):
             np.testing.assert_allclose(found, expected, rtol=1e-7, err_msg=f"{which} at {t}")
 
 
+# kind: the end at which its weight on the data's loss, or on the noise's, is infinite.
+ENDS_OF_WEIGHTS = {
+    "edm": ("data", "noise"),
+    "snr": ("data", None),
+    "uniform": (None, "noise"),
+    "truncated": ("data", "noise"),
+    "min_snr": (None, None),
+    "sigmoid": (None, None),
+    "p2": (None, None),
+}
+
+
 @functools.cache
 def at_the_ends():
     """(path, own, target, weight) -> losses and a derivative at both ends, and a little inside of them."""
@@ -394,8 +434,9 @@ def at_the_ends():
     net = Net()
     direction = jax.tree.map(jnp.cos, net)
     losses_of = {f"{name} none": Regression(target=target) for name, target in {"own": None, **PREDICTIONS}.items()}
-    for name, target in {"own": None, "score": predictions.Score()}.items():
-        losses_of |= {f"{name} {kind}": Regression(target=target, weight=weights()[kind]) for kind in ("edm", "snr")}
+    for kind in ENDS_OF_WEIGHTS:
+        losses_of[f"own {kind}"] = Regression(weight=weight_table()[kind])
+    losses_of["score edm"] = Regression(target=predictions.Score(), weight=weight_table()["edm"])
     found = {}
     for path, own_names in [(LINEAR, list(PREDICTIONS)), (paths.Trigonometric(), ["velocity"])]:
 
@@ -422,17 +463,14 @@ def test_ends():
     no_noise = {("data", target) for target in ("noise", "velocity", "v")} | {
         (own, "score") for own in PREDICTIONS
     } | {("score", "own")}  # fmt: skip
-    weighted = {
-        0: {"data edm", "data snr"},
-        3: {"noise edm", "score edm"},
-    }
     for which, (value, derivative) in at_the_ends().items():
         _, own, target, kind = which.split()
         for end, inside, singular in [(0, 1, no_noise), (3, 2, no_data)]:
             if kind == "none":
                 infinite = (own, target) in singular
             else:
-                infinite = f"{own} {kind}" in weighted[end]
+                at_data, at_noise = ENDS_OF_WEIGHTS[kind]
+                infinite = own == at_data if end == 0 else at_noise is not None and own in ("noise", "score")
             if infinite:
                 assert value[end] == np.inf, (which, end)
             else:
@@ -541,7 +579,7 @@ def test_new_values_do_not_retrace():
     for i in range(3):
         loss = Regression(
             times=times.LogitNormal(0.1 * i, 1.0 + i),
-            weight=losses.EDMWeight(0.5 + i),
+            weight=weights.EDM(0.5 + i),
             elementwise=losses.Huber(1.0 + i),
             noise=losses.NormalNoise(scale=1.0 + i),
         )
@@ -580,13 +618,20 @@ def test_errors(untyped):
         arguments = {"x0": x0, "args": labels, "key": KEY, **arguments}
         with pytest.raises(error, match=message):
             loss(VELOCITY, arguments.pop("x0"), arguments.pop("args"), **arguments)
-    for bad in ({"times": 0.5}, {"target": predictions.Velocity}, {"weight": lambda path, t: t}):
+    for bad in (
+        {"times": 0.5},
+        {"target": predictions.Velocity},
+        {"weight": lambda path, t: t},
+        {"coupling": couplings.Assignment},
+    ):
         with pytest.raises(TypeError, match=f"Regression got {next(iter(bad))}"):
             Regression(**bad)
     for make, name in [
         (lambda: losses.Huber(0.0), "delta = 0"),
         (lambda: losses.PseudoHuber(-1.0), "c = -1"),
-        (lambda: losses.EDMWeight(0.0), "data_std = 0"),
+        (lambda: weights.EDM(0.0), "data_std = 0"),
+        (lambda: weights.MinSNR(-1.0), "gamma = -1"),
+        (lambda: weights.P2(k=0.0), "k = 0"),
     ]:
         with pytest.raises(ValueError, match=name):
             make()

@@ -1,0 +1,257 @@
+"""Couplings: optimal, bijective, drawn from the plan they claim, and with every label at its example."""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+import flowsolve as fs
+from flowsolve import couplings, losses, paths, predictions, sources
+from flowsolve.couplings import Assignment, Independent, Pairs, Sinkhorn, SquaredDistance, WithCondition
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+
+
+def clouds(num, dim=3):
+    rng = np.random.default_rng(num)
+    return (jnp.asarray(rng.normal(size=(num, dim)) + shift, float) for shift in (1.0, 0.0))
+
+
+def distances(x, z):
+    return ((np.float64(x)[:, None] - np.float64(z)[None]) ** 2).sum(-1)
+
+
+order = eqx.filter_jit(lambda coupling, key, data, noise, args=None: coupling.order(key, data, noise, args))
+
+
+# --- costs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_squared_distance():
+    x, z = clouds(5)
+    np.testing.assert_allclose(SquaredDistance().matrix(x, z, None), distances(x, z), rtol=1e-5)
+    split = [{"a": v[:, 0], "b": v[:, 1:].reshape(5, 2, 1)} for v in (x, z)]
+    np.testing.assert_allclose(SquaredDistance().matrix(*split, None), distances(x, z), rtol=1e-5)
+
+
+@pytest.mark.quick
+def test_conditions_cost_their_distance():
+    x, z = clouds(4)
+    labels = jnp.asarray([0, 1, 1, 2])
+    differ = np.asarray(labels)[:, None] != np.asarray(labels)[None]
+    found = WithCondition(7.0).matrix(x, z, labels)
+    np.testing.assert_allclose(found, distances(x, z) + 7.0 * differ, rtol=1e-5)
+
+    def apart(first, second):
+        return jnp.sum((first["y"] - second["y"]) ** 2)
+
+    conditions = {"y": jnp.asarray(RNG.normal(size=(4, 2)), float)}
+    found = WithCondition(0.5, distance=apart).matrix(x, z, conditions)
+    np.testing.assert_allclose(found, distances(x, z) + 0.5 * distances(*2 * [conditions["y"]]), rtol=1e-5)
+
+
+# --- exact assignment ------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_assignment_is_the_best_of_all_permutations():
+    x, z = clouds(6)
+    cost = distances(x, z)
+    best = min(itertools.permutations(range(6)), key=lambda p: cost[range(6), p].sum())
+    assert order(Assignment(), KEY, x, z).tolist() == list(best)
+
+
+def test_both_solvers_find_the_same_cost():
+    """SciPy's on a CPU and Optax's on anything else."""
+    x, z = clouds(40, 8)
+    cost = SquaredDistance().matrix(x, z, None)
+    rows, columns = scipy.optimize.linear_sum_assignment(np.float64(cost))
+    for solve in (couplings._by_scipy, couplings._by_optax):
+        found = np.asarray(jax.jit(solve)(cost))
+        assert np.array_equal(np.sort(found), rows)
+        np.testing.assert_allclose(distances(x, z)[rows, found].sum(), distances(x, z)[rows, columns].sum(), rtol=1e-5)
+
+
+def test_assignment_of_a_batch_of_batches():
+    x, z = clouds(12)
+    x, z = x.reshape(2, 6, 3), z.reshape(2, 6, 3)
+    together = eqx.filter_vmap(lambda x, z: Assignment().order(KEY, x, z))(x, z)
+    for i in range(2):
+        assert np.array_equal(together[i], order(Assignment(), KEY, x[i], z[i]))
+
+
+# --- the entropic plan -----------------------------------------------------------------------------
+
+
+def plan64(cost, epsilon, iterations=5000):
+    """Sinkhorn's iteration, written out in float64."""
+    num = len(cost)
+    log_kernel = -cost / epsilon
+    f = g = np.zeros(num)
+    for _ in range(iterations):
+        f = -np.log(num) - np.logaddexp.reduce(log_kernel + g[None], axis=1)
+        g = -np.log(num) - np.logaddexp.reduce(log_kernel + f[:, None], axis=0)
+    return np.exp(log_kernel + f[:, None] + g[None])
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 5.0, None])
+def test_plan_equals_the_written_out_iteration(epsilon):
+    x, z = clouds(20)
+    cost = distances(x, z)
+    coupling = Sinkhorn(epsilon, tolerance=1e-5)
+    found = np.exp(np.float64(eqx.filter_jit(lambda c: c.log_plan(x, z))(coupling)))
+    wanted = plan64(cost, 0.05 * cost.mean() if epsilon is None else epsilon)
+    np.testing.assert_allclose(found.sum(axis=0), 1 / 20, rtol=1e-3)
+    np.testing.assert_allclose(found.sum(axis=1), 1 / 20, rtol=1e-3)
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-7)
+
+
+def test_draws_with_replacement_follow_the_plan():
+    x, z = clouds(5)
+    plan = plan64(distances(x, z), 2.0)
+    keys = jax.random.split(KEY, 20_000)
+    coupling = Sinkhorn(2.0, replace=True, tolerance=1e-5)
+    drawn = np.asarray(eqx.filter_jit(lambda keys: jax.vmap(lambda key: coupling.order(key, x, z))(keys))(keys))
+    for i in range(5):
+        frequency = np.bincount(drawn[:, i], minlength=5) / len(drawn)
+        wanted = plan[i] / plan[i].sum()
+        assert np.all(np.abs(frequency - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / len(drawn)) + 1e-3)
+
+
+def test_draws_without_replacement_are_permutations():
+    x, z = clouds(16)
+    keys = jax.random.split(KEY, 200)
+    coupling = Sinkhorn(2.0)
+    drawn = np.asarray(eqx.filter_jit(lambda keys: jax.vmap(lambda key: coupling.order(key, x, z))(keys))(keys))
+    assert np.array_equal(np.sort(drawn, axis=1), np.tile(np.arange(16), (200, 1)))
+    assert len(np.unique(drawn, axis=0)) > 190
+    # Near the optimal cost: far below that of random pairs.
+    cost = distances(x, z)
+    mean = cost[np.arange(16), drawn].sum(axis=1).mean()
+    best = cost[scipy.optimize.linear_sum_assignment(cost)].sum()
+    assert best < mean < best + 0.5 * (cost.mean() * 16 - best)
+
+
+def test_two_pairs_are_drawn_as_their_plan_says():
+    """Of two examples the first draw decides: the identity has the weight of a diagonal entry in its row."""
+    x, z = clouds(2)
+    plan = plan64(distances(x, z), 6.0)
+    keys = jax.random.split(KEY, 20_000)
+    drawn = jax.jit(jax.vmap(lambda key: Sinkhorn(6.0, tolerance=1e-5).order(key, x, z)))(keys)
+    frequency = float(jnp.mean(drawn[:, 0] == 0))
+    wanted = plan[0, 0] / plan[0].sum()
+    assert 0.05 < wanted < 0.95
+    assert abs(frequency - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / len(keys)) + 1e-3
+
+
+def test_small_epsilon_is_the_assignment():
+    x, z = clouds(12)
+    exact = order(Assignment(), KEY, x, z)
+    for replace in (False, True):
+        coupling = Sinkhorn(0.005, replace=replace, iterations=20_000)
+        assert np.array_equal(order(coupling, KEY, x, z), exact)
+
+
+# --- conditions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coupling", [Assignment(WithCondition(1e4)), Sinkhorn(1.0, cost=WithCondition(1e3))], ids=repr)
+def test_a_large_weight_keeps_noise_in_its_class(coupling):
+    x, z = clouds(24)
+    labels = jnp.asarray(RNG.integers(0, 3, 24))
+    found = np.asarray(order(coupling, KEY, x, z, labels))
+    assert np.array_equal(np.sort(found), np.arange(24))
+    assert np.array_equal(labels[found], labels)
+    free = order(Assignment(), KEY, x, z)
+    assert not np.array_equal(labels[free], labels)
+
+
+# --- in a loss -------------------------------------------------------------------------------------
+
+
+def network(t, x, args, *, key=None):
+    shift = 0.0 if args is None else 0.3 * args.astype(x.dtype)
+    return jnp.tanh(2 * x + t) + shift
+
+
+COUPLED = fs.Flow(network, paths.Linear(), predictions.Velocity(), source=sources.CoupledNormal())
+run = eqx.filter_jit(lambda loss, flow, x0, args, key: loss(flow, x0, args, key=key))
+
+
+def loop(x0, noise, labels, t):
+    """Flow matching of each pair, in float64."""
+    x0, noise, t = (np.float64(v) for v in (x0, noise, t))
+    found = []
+    for i in range(len(x0)):
+        x_t = (1 - t[i]) * x0[i] + t[i] * noise[i]
+        output = np.tanh(2 * x_t + t[i]) + 0.3 * float(labels[i])
+        found.append(np.mean((output - (noise[i] - x0[i])) ** 2))
+    return np.array(found)
+
+
+@pytest.mark.quick
+def test_loss_of_given_pairs():
+    x, z = clouds(7)
+    labels = jnp.asarray(RNG.integers(0, 4, 7))
+    _, aux = run(losses.Regression(), COUPLED, Pairs(x, z), labels, KEY)
+    np.testing.assert_allclose(aux.losses, loop(x, z, labels, aux.t), rtol=1e-5)
+
+
+def test_labels_follow_their_data():
+    """Pitfall 20: the noise moves, the example stays with its label."""
+    x, z = clouds(9)
+    labels = jnp.asarray(RNG.integers(0, 4, 9))
+    _, columns = scipy.optimize.linear_sum_assignment(distances(x, z))
+    assert not np.array_equal(columns, np.arange(9))
+    _, aux = run(losses.Regression(coupling=Assignment()), COUPLED, Pairs(x, z), labels, KEY)
+    np.testing.assert_allclose(aux.losses, loop(x, np.asarray(z)[columns], labels, aux.t), rtol=1e-5)
+
+
+def test_coupled_loss_lowers_the_targets_variance():
+    """Optimal pairs are nearer: the mean square of the velocity of a pair falls, noise and data stay the same."""
+    x, _ = clouds(256, 2)
+    silent = fs.Flow(lambda t, x, args, *, key=None: 0 * x, COUPLED.path, COUPLED.prediction, source=COUPLED.source)
+    free, tied = (
+        run(losses.Regression(coupling=coupling), silent, x, None, KEY)[0] for coupling in (Independent(), Assignment())
+    )
+    assert tied < 0.6 * free
+
+
+def test_a_flow_with_a_score_is_refused():
+    x, z = clouds(4)
+    flow = fs.Flow(network, paths.Linear(), predictions.Velocity())
+    for loss, data, what in [
+        (losses.Regression(coupling=Assignment()), x, "Assignment"),
+        (losses.Regression(), Pairs(x, z), "Pairs"),
+    ]:
+        with pytest.raises(TypeError, match=f"{what} made the noise depend on the data.*CoupledNormal"):
+            loss(flow, data, key=KEY)
+
+
+@pytest.mark.quick
+def test_errors():
+    x, z = clouds(4)
+    with pytest.raises(ValueError, match="WithCondition got no args"):
+        Assignment(WithCondition(1.0)).order(KEY, x, z)
+    with pytest.raises(ValueError, match="weight = -1"):
+        WithCondition(-1.0)
+    with pytest.raises(ValueError, match="epsilon = 0"):
+        Sinkhorn(0.0)
+    with pytest.raises(ValueError, match="iterations = 0"):
+        Sinkhorn(iterations=0)
+    with pytest.raises(ValueError, match="Pairs got data"):
+        Pairs(x, z[:, :2])
+
+
+def test_sinkhorn_without_ott(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ott.geometry", None)
+    with pytest.raises(ImportError, match=r"flowsolve\[ot\]"):
+        Sinkhorn()
