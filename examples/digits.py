@@ -112,7 +112,7 @@ def quantise(x: jax.Array) -> jax.Array:
 def training_batches(train: Split, size: Size, key: jax.Array) -> Iterator:
     """Batches (x, labels) without end, with fresh noise inside the bins each time."""
     order_key, noise_key = jax.random.split(key)
-    batches = fs.training.batches(train.images, train.labels, batch_size=size.batch, key=order_key)
+    batches = fs.data.Batches(train.images, train.labels, batch_size=size.batch, key=order_key)
     for n, (levels, labels) in enumerate(batches):
         yield dequantise(levels, jax.random.fold_in(noise_key, n)), labels
 

@@ -7,34 +7,45 @@ $$\theta_{n+1} = \theta_n + \mathrm{update}(\nabla_\theta\, \mathrm{loss}(\mathr
   \mathrm{key}_n)), \qquad
   \bar\theta_{n+1} = \bar\theta_n + (1 - d)(\theta_{n+1} - \bar\theta_n), \quad \bar\theta_0 = \theta_0$$
 
-where d is the decay `ema` and key_n is folded from one key and n: the same key and batches give the same weights. The
-average starts from the weights, so it needs no debiasing, but the start keeps the weight d^n: choose d with
-(1 - d) steps well above 1.
+where d is the decay of the moving average (see `averages` for others) and key_n is folded from one key and n: the same
+key and batches give the same weights. The average starts from the weights, so it needs no debiasing, but the start
+keeps the weight d^n: choose d with (1 - d) steps well above 1.
 
+    batches = fs.data.Batches(x, labels, batch_size=256, key=key)
     for state in fs.training.fit(loss, flow, batches, optax.adamw(1e-3), steps=2_000, key=key, ema=0.999):
         print(int(state.step), float(state.metrics["loss"]))
     flow = state.ema_flow
+
+Everything else is the loop's body, an `if`: evaluate, save (`checkpoints`), stop early, keep an average for later.
+Gradients are clipped, accumulated over batches and given a schedule by the optimiser (`optax.clip_by_global_norm`,
+`optax.MultiSteps`). A network computes in half precision with its parameters in float32 as `nn.Precision(network)`.
+`fit` takes the state of an earlier run in place of the flow and goes on with it, to the last bit.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from ._checks import check_key, check_state
+from ._checks import check_count, check_key, check_state, check_type, describe
 from ._numerics import all_finite, as_scalar
 from ._progress import import_tqdm
-from ._types import Args, PRNGKey, Scalar, ScalarLike, State
+from ._types import Args, PRNGKey, Scalar, ScalarLike
+from .averages import AbstractAverage, Constant
 from .flow import AbstractFlow
+from .losses import Aux
+from .paths import AbstractPath
+from .sharding import Layout
 
-__all__ = ["TrainState", "TrainingDiverged", "batches", "fit", "init", "train_step"]
+__all__ = ["Measured", "TrainState", "TrainingDiverged", "fit", "init", "train_step"]
 
 
 class TrainState(eqx.Module):
@@ -43,25 +54,41 @@ class TrainState(eqx.Module):
     **Fields:**
 
     - `flow`: the flow as trained so far;
-    - `ema`: the moving average of its parameters, None in the place of all other leaves; see `ema_flow`;
+    - `averages`: the moving averages of its parameters, each None in the place of all other leaves; see `ema_flow`;
     - `optimiser_state`: Optax's;
     - `step`: the number of steps taken, an int32 scalar;
     - `key`: the key that each step's key is folded from; it does not change;
-    - `metrics`: what `fit` measured since the state that it yielded before: "loss", the mean over those steps.
-      NaN before the first.
+    - `metrics`: what `fit` measured since the state that it yielded before: "loss", the mean over those steps, NaN
+      before the first. Where the loss gives `losses.Aux`, "loss_by_t", its mean in each of eight bins of the time, NaN
+      in an empty one, and "t_edges", their nine edges: the bins are equally wide in arctan(sigma/alpha).
     """
 
     flow: AbstractFlow
-    ema: PyTree
+    averages: tuple[PyTree, ...]
     optimiser_state: PyTree
     step: Int[Array, ""]
     key: PRNGKey
-    metrics: dict[str, Scalar]
+    metrics: dict[str, Array]
 
     @property
     def ema_flow(self) -> AbstractFlow:
-        """The flow with the moving average of its parameters: the one to sample from."""
-        return eqx.combine(self.ema, eqx.filter(self.flow, eqx.is_inexact_array, inverse=True))
+        """The flow with the first moving average of its parameters: the one to sample from."""
+        if not self.averages:
+            raise ValueError("This state has no moving average, as fit got ema=None: use its flow.")
+        return self.with_parameters(self.averages[0])
+
+    def with_parameters(self, parameters: PyTree) -> AbstractFlow:
+        """The flow with other parameters, such as one of `averages` or what `averages.reconstruct` gives."""
+        parameters = jax.tree.map(jnp.asarray, parameters)
+        return eqx.combine(parameters, eqx.filter(self.flow, eqx.is_inexact_array, inverse=True))
+
+
+class Measured(NamedTuple):
+    """What a step measures: its loss, and the sum and number of the examples' losses in each bin of the time."""
+
+    loss: Scalar
+    sums: Float[Array, " bins"]
+    counts: Float[Array, " bins"]
 
 
 class TrainingDiverged(FloatingPointError):
@@ -86,10 +113,17 @@ def _copy(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.array(x, x.dtype, copy=True) if eqx.is_array(x) else x, tree)
 
 
-def init(flow: AbstractFlow, optimiser: optax.GradientTransformation, *, key: PRNGKey) -> TrainState:
+def init(
+    flow: AbstractFlow,
+    optimiser: optax.GradientTransformation | optax.MultiSteps,
+    *,
+    key: PRNGKey,
+    averages: int = 1,
+) -> TrainState:
     """The state before the first step; it shares no buffers with `flow`.
 
-    **Arguments:** `flow`: the flow to train; `optimiser`: an Optax optimiser; `key`: for the loss.
+    **Arguments:** `flow`: the flow to train; `optimiser`: an Optax optimiser; `key`: for the loss; `averages`: how many
+    moving averages are kept.
 
     **Raises:** `ValueError` if the flow has no floating-point arrays to train.
     """
@@ -102,23 +136,25 @@ def init(flow: AbstractFlow, optimiser: optax.GradientTransformation, *, key: PR
         )
     step = jnp.zeros((), jnp.int32)
     metrics = {"loss": as_scalar(jnp.nan)}
-    return _copy(TrainState(flow, parameters, optimiser.init(parameters), step, key, metrics))
+    state = optimiser.init(parameters)
+    return _copy(TrainState(flow, (parameters,) * averages, state, step, key, metrics))
 
 
 def train_step(
     state: TrainState,
-    batch: tuple[State, Args],
+    batch: tuple[PyTree, Args],
     *,
     loss: Callable[..., tuple[Scalar, Any]],
-    optimiser: optax.GradientTransformation,
-    ema: ScalarLike,
-) -> tuple[TrainState, Scalar]:
+    optimiser: optax.GradientTransformation | optax.MultiSteps,
+    averages: Sequence[AbstractAverage],
+) -> tuple[TrainState, Measured]:
     """One step of training, a pure function; `fit` compiles it with the state's buffers donated.
 
     **Arguments:** `state`: before the step; `batch`: (x, args), both with a leading batch axis, args or None;
-    `loss`: `loss(flow, x, args, key=key) -> (value, aux)`; `optimiser`: an Optax optimiser; `ema`: the decay d.
+    `loss`: `loss(flow, x, args, key=key) -> (value, aux)`; `optimiser`: an Optax optimiser; `averages`: as many as the
+    state has.
 
-    **Returns:** the state after the step, and the loss before it.
+    **Returns:** the state after the step, and what was measured before it.
     """
     parameters, rest = eqx.partition(state.flow, eqx.is_inexact_array)
     x, args = batch
@@ -127,22 +163,77 @@ def train_step(
     def value_of(parameters):
         return loss(eqx.combine(parameters, rest), x, args, key=key)
 
-    (value, _), gradient = jax.value_and_grad(value_of, has_aux=True)(parameters)
+    (value, aux), gradient = jax.value_and_grad(value_of, has_aux=True)(parameters)
     # Optax promotes dtypes on its own (Adam raises a float to an integer power), which a user may have forbidden.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        update = optax.with_extra_args_support(optimiser).update  # some also want the loss
+        transformation = optimiser.gradient_transformation() if isinstance(optimiser, optax.MultiSteps) else optimiser
+        update = optax.with_extra_args_support(transformation).update  # some also want the loss
         updates, optimiser_state = update(gradient, state.optimiser_state, parameters, value=value)
     parameters = eqx.apply_updates(parameters, updates)
-    keep = as_scalar(ema)
-    average = jax.tree.map(lambda old, new: old + (1 - keep).astype(old.dtype) * (new - old), state.ema, parameters)
+    step = state.step + 1
+    kept = tuple(average.updated(old, parameters, step) for average, old in zip(averages, state.averages, strict=True))
     flow = eqx.combine(parameters, rest)
-    return TrainState(flow, average, optimiser_state, state.step + 1, state.key, state.metrics), value
+    new = TrainState(flow, kept, optimiser_state, step, state.key, state.metrics)
+    return new, _measured(flow.path, value, aux)
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _compiled_step(inputs: tuple, state: TrainState) -> tuple[TrainState, Scalar]:
-    batch, loss, optimiser, ema = inputs
-    return train_step(state, batch, loss=loss, optimiser=optimiser, ema=ema)
+#: Bins of the time in which the loss is measured.
+_BINS = 8
+
+
+def _measured(path: AbstractPath, value: Scalar, aux: Any) -> Measured:
+    if not isinstance(aux, Aux):
+        return Measured(value, jnp.zeros((0,), value.dtype), jnp.zeros((0,), value.dtype))
+    # The edges are few and increasing: counting those below a time is quicker than a search.
+    inner = _edges(path)[1:-1].astype(aux.t.dtype)
+    bins = jnp.sum((aux.t[:, None] >= inner[None, :]).astype(jnp.int32), axis=1)
+    member = (bins[:, None] == jnp.arange(_BINS)[None, :]).astype(aux.losses.dtype)
+    # An example that was masked out has the loss 0 and counts as such; an infinite one must not make others NaN.
+    sums = jnp.sum(jnp.where(member > 0, aux.losses[:, None], 0), axis=0)
+    return Measured(value, sums, jnp.sum(member, axis=0))
+
+
+@eqx.filter_jit
+def _edges(path: AbstractPath) -> Float[Array, " edges"]:
+    """The edges of the bins of the time, equally far apart in arctan(sigma/alpha)."""
+    low, high = as_scalar(path.t_data), as_scalar(path.t_noise)
+
+    def angle(t: Scalar) -> Scalar:
+        alpha, sigma = path.coefficients(t)
+        return jnp.arctan2(sigma, alpha)
+
+    angles = jnp.linspace(angle(low), angle(high), _BINS + 1)
+    inner = jax.vmap(lambda angle: path.time_at(jnp.cos(angle), jnp.sin(angle)))(angles[1:-1])
+    return jnp.concatenate([low[None], inner, high[None]])
+
+
+class _Static:
+    """What a compiled step holds besides arrays: hashed once, not at every call."""
+
+    def __init__(self, value: PyTree):
+        self.value = value
+        leaves, structure = jax.tree.flatten(value)
+        # A NumPy array that a network holds as a constant is its own only by identity.
+        self._key = tuple(id(leaf) if isinstance(leaf, np.ndarray) else leaf for leaf in leaves), structure
+        self._hash = hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Static) and self._key == other._key)
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _compiled_step(arrays: PyTree, batch: tuple[PyTree, Args], setting: PyTree, static: _Static) -> tuple:
+    """The arrays of the state after a step, and what was measured."""
+    rest, setting_rest, layout = static.value
+    loss, optimiser, averages = eqx.combine(setting, setting_rest)
+    state = eqx.combine(arrays, rest)
+    state, measured = train_step(state, batch, loss=loss, optimiser=optimiser, averages=averages)
+    if layout is not None:
+        state, measured = layout.constrain(state), layout.on_all(measured)
+    return eqx.filter(state, eqx.is_array), measured
 
 
 @eqx.filter_jit
@@ -152,14 +243,15 @@ def _finite_parameters(flow: AbstractFlow) -> Array:
 
 def fit(
     loss: Callable[..., tuple[Scalar, Any]],
-    flow: AbstractFlow,
+    flow: AbstractFlow | TrainState,
     batches: Iterable,
-    optimiser: optax.GradientTransformation,
+    optimiser: optax.GradientTransformation | optax.MultiSteps,
     *,
     steps: int,
-    key: PRNGKey,
-    ema: ScalarLike = 0.999,
+    key: PRNGKey | None = None,
+    ema: ScalarLike | AbstractAverage | Sequence[AbstractAverage] | None = 0.999,
     every: int = 100,
+    layout: Layout | None = None,
     progress: bool = True,
 ) -> Iterator[TrainState]:
     """Train a flow; yields a `TrainState` every `every` steps and after the last one.
@@ -170,75 +262,127 @@ def fit(
     **Arguments:**
 
     - `loss`: `loss(flow, x, args, key=key) -> (value, aux)` on a batch, e.g. `fs.losses.Regression()`;
-    - `flow`: the flow to train, left as it is;
-    - `batches`: an iterable of `x` or of tuples `(x, args)`, each with a leading batch axis, all of the same shape (a
-      new shape is compiled anew); a state that is itself a tuple must come as `(x, args)`. See `batches`;
+    - `flow`: the flow to train, left as it is; or the state of an earlier run, with which to go on;
+    - `batches`: an iterable of `x` or of tuples `(x, args)`, each with a leading batch axis, all of the same shape; a
+      state that is itself a tuple must come as `(x, args)`. See `data.Batches`;
     - `optimiser`: an Optax optimiser, e.g. `optax.adamw(1e-3)`;
-    - `steps`: number of steps; `every`: number of steps from one yield to the next;
-    - `key`: for the loss: with the same batches, the same key gives the same weights;
-    - `ema`: decay of the moving average of the weights, in [0, 1);
+    - `steps`: number of steps, those of an earlier run counted, so that a state that has done them all yields nothing;
+      `every`: number of steps from one yield to the next;
+    - `key`: for the loss: with the same batches, the same key gives the same weights. None for an earlier state, which
+      has its own;
+    - `ema`: the moving average of the weights: a decay in [0, 1), one of `averages` or several, or None for none;
+    - `layout`: None for one device, or where arrays go on a mesh, see `sharding`;
     - `progress`: whether to show a progress bar with the loss and the speed, which needs tqdm.
 
     **Returns:** an iterator over states. Memory holds three of them: that in training, the one you have, and the last
     good one.
 
     **Raises:** `TrainingDiverged`, with the last good state, if the loss or a parameter is not finite; `ValueError` if
-    the batches end before the last step, after what was trained has been yielded; `ImportError` without tqdm.
+    the batches end before the last step or change their shape, after what was trained has been yielded; `ImportError`
+    without tqdm.
     """
-    if steps < 1 or every < 1:
-        raise ValueError(f"fit got steps = {steps} and every = {every}, but wants both >= 1.")
-    if isinstance(ema, float | int) and not 0 <= ema < 1:
-        raise ValueError(f"fit got ema = {ema}, but wants a decay of the moving average with 0 <= ema < 1.")
-    state = init(flow, optimiser, key=key)
+    steps, every = check_count(steps, "fit got steps"), check_count(every, "fit got every")
+    averages = _as_averages(ema)
+    if isinstance(flow, TrainState):
+        if key is not None:
+            raise ValueError("fit got a key for a state that goes on with its own: leave key out.")
+        if len(flow.averages) != len(averages):
+            raise ValueError(
+                f"fit got {len(averages)} moving averages for a state that has {len(flow.averages)}: give ema as in "
+                "the run before."
+            )
+        if int(flow.step) > steps:
+            raise ValueError(
+                f"fit got steps = {steps} for a state that has done {int(flow.step)}: steps counts from the beginning."
+            )
+        state = _copy(flow)
+    else:
+        state = init(flow, optimiser, key=check_key(key, "training"), averages=len(averages))
+    if layout is not None:
+        state = layout.place(state)
     tqdm = import_tqdm("fit") if progress else None
-    return _run(state, iter(batches), loss, optimiser, as_scalar(ema), steps, every, tqdm)
+    return _run(state, iter(batches), (loss, optimiser, averages), steps, every, layout, tqdm)
+
+
+def _as_averages(ema: ScalarLike | AbstractAverage | Sequence[AbstractAverage] | None) -> tuple[AbstractAverage, ...]:
+    if ema is None:
+        return ()
+    if isinstance(ema, AbstractAverage):
+        return (ema,)
+    if isinstance(ema, Sequence):
+        for average in ema:
+            check_type(average, AbstractAverage, "One of ema", "an instance such as fs.averages.PowerFunction(0.05)")
+        return tuple(ema)
+    return (Constant(ema),)
 
 
 def _run(
     state: TrainState,
     batches: Iterator,
-    loss: Callable[..., tuple[Scalar, Any]],
-    optimiser: optax.GradientTransformation,
-    ema: Scalar,
+    setting: tuple,
     steps: int,
     every: int,
+    layout: Layout | None,
     tqdm: Callable[..., Any] | None,
 ) -> Iterator[TrainState]:
-    """The loop of `fit`. Of all states only `state` is donated, and nobody else ever holds its buffers."""
-    good, values = _copy(state), []
-    bar = None if tqdm is None else _ProgressBar(tqdm(total=steps, unit="step", dynamic_ncols=True))
+    """The loop of `fit`. Of all states only that of the loop is donated, and nobody else ever holds its buffers."""
+    good, values = state, []
+    setting, setting_rest = eqx.partition(setting, eqx.is_array)
+    arrays, rest = eqx.partition(_copy(_unmeasured(state)), eqx.is_array)
+    static = _Static((rest, setting_rest, layout))
+    begun = int(state.step)
+    shape = None
+    bar = None if tqdm is None else _ProgressBar(tqdm(total=steps, initial=begun, unit="step", dynamic_ncols=True))
     try:
-        for step in range(1, steps + 1):
+        for step in range(begun + 1, steps + 1):
             batch = next(batches, None)
-            if batch is not None:
-                batch = _as_batch(batch, checked=step > 1)
-                state, value = _compiled_step((batch, loss, optimiser, ema), state)
-                values.append(value)
+            problem = None
+            if batch is None:
+                problem = (
+                    f"The batches ended after {step - 1} steps of {steps}: pass an iterable that goes on, such as "
+                    "flowsolve.data.Batches(data, batch_size=..., key=...), or fewer steps."
+                )
+            else:
+                batch = _as_batch(batch, checked=shape is not None)
+                found = describe(batch)
+                shape = found if shape is None else shape
+                if found != shape:
+                    problem = (
+                        f"The batch of step {step} is {found}, but those before were {shape}: give every batch the "
+                        "same shapes, as each new one is compiled anew; drop a smaller last one, or pad and mask it."
+                    )
+            if problem is None:
+                assert batch is not None
+                batch = batch if layout is None else layout.place_batch(batch)
+                arrays, measured = _compiled_step(arrays, batch, setting, static)
+                values.append(measured)
                 if bar is not None:
-                    bar.advance(value, len(jax.tree.leaves(batch[0])[0]))
-            done = step - 1 if batch is None else step
-            if values and (batch is None or step % every == 0 or step == steps):
+                    bar.advance(measured.loss, len(jax.tree.leaves(batch[0])[0]))
+            done = step - 1 if problem else step
+            if values and (problem or step % every == 0 or step == steps):
                 # The only point at which the host waits for the device.
-                good = _finished(state, np.stack(jax.device_get(values)), done, good)
+                good = _finished(eqx.combine(arrays, rest), jax.device_get(values), done, good)
                 values = []
                 if bar is not None:
                     bar.show(good)
+                arrays = eqx.filter(_copy(_unmeasured(good)), eqx.is_array)
                 yield good
-                state = _copy(good)
-            if batch is None:
-                raise ValueError(
-                    f"The batches ended after {done} steps of {steps}: pass an iterable that goes on, such as "
-                    "flowsolve.training.batches(data, batch_size=..., key=...), or fewer steps."
-                )
+            if problem:
+                raise ValueError(problem)
     finally:
         if bar is not None:
             bar.close()
 
 
-def _as_batch(batch: Any, *, checked: bool) -> tuple[State, Args]:
-    """(x, args) of arrays; x is checked unless `checked`."""
+def _unmeasured(state: TrainState) -> TrainState:
+    """The state without its metrics, whose kinds differ before the first step and after."""
+    return eqx.tree_at(lambda s: s.metrics, state, {})
+
+
+def _as_batch(batch: Any, *, checked: bool) -> tuple[PyTree, Args]:
+    """(x, args) of arrays, of which NumPy's stay on the host; x is checked unless `checked`."""
     x, args = batch if isinstance(batch, tuple) and len(batch) == 2 else (batch, None)
-    x, args = jax.tree.map(jnp.asarray, (x, args))
+    x, args = jax.tree.map(lambda leaf: leaf if eqx.is_array(leaf) else np.asarray(leaf), (x, args))
     if not checked:
         check_state(x, "x of the first batch")
         if any(leaf.ndim == 0 for leaf in jax.tree.leaves(x)):
@@ -246,8 +390,9 @@ def _as_batch(batch: Any, *, checked: bool) -> tuple[State, Args]:
     return x, args
 
 
-def _finished(state: TrainState, values: np.ndarray, done: int, good: TrainState) -> TrainState:
-    """The state to yield after `done` steps, with the losses since the last yield; raises unless all is finite."""
+def _finished(state: TrainState, measured: list[Measured], done: int, good: TrainState) -> TrainState:
+    """The state to yield after `done` steps, with what was measured since the last; raises unless all is finite."""
+    values, sums, counts = (np.stack(parts).astype(np.float64) for parts in zip(*measured, strict=True))
     first = done - len(values) + 1
     good_step = int(good.step)
     kept = f"The last good state, after {good_step} steps, is the exception's `state`."
@@ -260,7 +405,12 @@ def _finished(state: TrainState, values: np.ndarray, done: int, good: TrainState
     if not bool(_finite_parameters(state.flow)):
         message = f"A parameter is infinite or NaN after step {done}, though the loss was finite. {kept} {advice}"
         raise TrainingDiverged(message, done, good)
-    return eqx.tree_at(lambda s: s.metrics, state, {"loss": as_scalar(values.mean(dtype=np.float64))})
+    metrics = {"loss": as_scalar(values.mean())}
+    if counts.shape[1]:
+        counts = counts.sum(axis=0)
+        means = np.where(counts > 0, sums.sum(axis=0) / np.maximum(counts, 1), np.nan)
+        metrics |= {"loss_by_t": jnp.asarray(means, metrics["loss"].dtype), "t_edges": _edges(state.flow.path)}
+    return eqx.tree_at(lambda s: s.metrics, state, metrics)
 
 
 class _ProgressBar:
@@ -292,53 +442,3 @@ class _ProgressBar:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def batches(data: PyTree, args: Args = None, *, batch_size: int, key: PRNGKey) -> Iterator[tuple[State, Args]]:
-    """Endless batches of a data set in memory, in a new random order each epoch.
-
-    Each epoch visits every example at most once: the examples that do not fill a last batch are left out of that epoch,
-    others in each. The same key gives the same batches in the same order.
-
-    **Arguments:** `data`: examples along the leading axis of every leaf; `args`: their labels or the like, any pytree
-    of arrays with the same leading axis, or None; `batch_size`: examples per batch; `key`: for the order.
-
-    **Returns:** an iterator without end over tuples (x, args), args None where there are none.
-
-    **Raises:** `ValueError` if there are fewer examples than `batch_size`, or leading axes differ.
-    """
-    key = check_key(key, "the order of the batches")
-    data, args = jax.tree.map(jnp.asarray, (data, args))
-    check_state(data, "data")
-    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves((data, args))}
-    if len(lengths) != 1:
-        raise ValueError(
-            f"The leaves of data and args have {sorted(lengths)} examples along their leading axes, but want the same."
-        )
-    (count,) = lengths
-    if not 1 <= batch_size <= count:
-        raise ValueError(
-            f"batches got batch_size = {batch_size} for {count} examples, but wants 1 <= batch_size <= {count}."
-        )
-    return _epochs(data, args, batch_size, count, key)
-
-
-def _epochs(data: State, args: Args, batch_size: int, count: int, key: PRNGKey) -> Iterator[tuple[State, Args]]:
-    epoch = 0
-    while True:
-        order = _order(jax.random.fold_in(key, epoch), count)
-        for start in range(0, count - batch_size + 1, batch_size):
-            yield _take((data, args), order, jnp.asarray(start, jnp.int32), batch_size)
-        epoch += 1
-
-
-@eqx.filter_jit
-def _order(key: PRNGKey, count: int) -> Int[Array, " count"]:
-    return jax.random.permutation(key, count)
-
-
-@eqx.filter_jit
-def _take(examples: PyTree, order: Int[Array, " count"], start: Int[Array, ""], batch_size: int) -> PyTree:
-    """The examples at order[start : start + batch_size]; compiled, so that the host never waits for `order`."""
-    indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-    return jax.tree.map(lambda leaf: jnp.take(leaf, indices, axis=0, unique_indices=True), examples)

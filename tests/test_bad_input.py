@@ -10,6 +10,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import flowsolve as fs
@@ -338,6 +339,117 @@ CASES = {
     ),
     "data_std_nan": (lambda: fs.paths.Linear().start(0.5, data_std=float("nan")), ValueError, "data_std is nan"),
     "batched_no_rows": (lambda: fs.batched(fs.log_prob)(FLOW, None), ValueError, "got no arrays"),
+    "metric_shapes": (
+        lambda: fs.metrics.energy_distance(jnp.ones((4, 2)), jnp.ones((4, 3))),
+        ValueError,
+        r"float32\[4, 2\] and float32\[4, 3\], but wants examples of the same structure and shapes",
+    ),
+    "metric_lengths": (
+        lambda: fs.metrics.Moments.of({"x": jnp.ones((4, 2)), "y": jnp.ones(3)}),
+        ValueError,
+        "wants arrays of real numbers with one leading axis",
+    ),
+    "metric_dtype": (
+        lambda: fs.metrics.energy_distance(jnp.ones((4, 2), complex), jnp.ones((4, 2))),
+        TypeError,
+        "wants arrays of real numbers",
+    ),
+    "metric_nan": (
+        lambda: fs.metrics.wasserstein(jnp.full((4, 2), jnp.nan), jnp.ones((4, 2))),
+        ValueError,
+        "NaN or infinite",
+    ),
+    "metric_examples": (
+        lambda: fs.metrics.precision_recall(jnp.ones((3, 2)), jnp.ones((3, 2)), neighbours=3),
+        ValueError,
+        "got 3 examples, but wants at least 4",
+    ),
+    "metric_block": (
+        lambda: fs.metrics.energy_distance(jnp.ones((3, 2)), jnp.ones((3, 2)), block=0),
+        ValueError,
+        "block = 0, but wants an integer",
+    ),
+    "kernel_class": (
+        lambda: fs.metrics.kernel_mmd(jnp.ones((3, 2)), jnp.ones((3, 2)), kernel=fs.metrics.Polynomial),
+        TypeError,
+        "kernel is the class Polynomial",
+    ),
+    "kernel_bandwidth": (lambda: fs.metrics.Gaussian([1.0, 0.0]), ValueError, "wants it positive and finite"),
+    "frechet_features": (
+        lambda: fs.metrics.frechet_distance(jnp.ones((3, 2)), jnp.ones((3, 2))),
+        TypeError,
+        r"wants metrics.Moments: Moments.of\(features\)",
+    ),
+    "frechet_sizes": (
+        lambda: fs.metrics.frechet_distance(*(fs.metrics.Moments.of(jnp.ones((3, d))) for d in (2, 3))),
+        ValueError,
+        "got 2 and 3 features",
+    ),
+    "frechet_one": (
+        lambda: fs.metrics.frechet_distance(*(fs.metrics.Moments.of(jnp.ones((n, 2))) for n in (1, 3))),
+        ValueError,
+        "a single example, which has no covariance",
+    ),
+    "wasserstein_sizes": (
+        lambda: fs.metrics.wasserstein(jnp.ones((3, 2)), jnp.ones((4, 2))),
+        ValueError,
+        "3 and 4 examples, but assigns one to one",
+    ),
+    "sliced_order": (
+        lambda: fs.metrics.sliced_wasserstein(jnp.ones((3, 2)), jnp.ones((3, 2)), key=KEY, order=0.5),
+        ValueError,
+        "order = 0.5, but wants a number of at least 1",
+    ),
+    "sliced_key": (
+        lambda: fs.metrics.sliced_wasserstein(jnp.ones((3, 2)), jnp.ones((3, 2)), key=None),
+        ValueError,
+        "key is missing",
+    ),
+    "sinkhorn_epsilon": (
+        lambda: fs.metrics.sinkhorn_divergence(jnp.ones((3, 2)), jnp.ones((3, 2)), epsilon=0.0),
+        ValueError,
+        "epsilon = 0, but wants it positive",
+    ),
+    "sinkhorn_iterations": (
+        lambda: fs.metrics.sinkhorn_divergence(
+            jnp.arange(8.0).reshape(4, 2), jnp.arange(8.0).reshape(4, 2) ** 2, epsilon=1e-2, iterations=1
+        ),
+        ValueError,
+        "did not reach its tolerance in iterations = 1",
+    ),
+    "classifier_folds": (
+        lambda: fs.metrics.classifier_two_sample(jnp.ones((3, 2)), jnp.ones((9, 2)), key=KEY),
+        ValueError,
+        "got 3 examples, but wants at least 5",
+    ),
+    "classifier_rate": (
+        lambda: fs.metrics.classifier_two_sample(jnp.ones((9, 2)), jnp.ones((9, 2)), key=KEY, learning_rate=-1.0),
+        ValueError,
+        "learning_rate that is not positive",
+    ),
+    "checkpoints_keep": (lambda: fs.checkpoints.Checkpoints("runs", keep=0), ValueError, "keep = 0, but wants"),
+    "checkpoints_address": (
+        lambda: fs.checkpoints.Checkpoints("gs://bucket/runs"),
+        ValueError,
+        "gs://bucket/runs is an address, but checkpoints want a directory",
+    ),
+    "checkpoints_of_a_flow": (
+        lambda: fs.checkpoints.Checkpoints("runs").save(FLOW),
+        TypeError,
+        "state is a Flow, but wants a TrainState",
+    ),
+    "checkpoints_of_a_generator": (
+        lambda: fs.checkpoints.Checkpoints("runs").save(train_state(), iter([X])),
+        TypeError,
+        "batches is a list_iterator, which has no get_state",
+    ),
+    "restore_nothing": (
+        lambda: fs.checkpoints.Checkpoints("/nowhere").restore(train_state()),
+        FileNotFoundError,
+        "/nowhere has no checkpoint",
+    ),
+    "load_nothing": (lambda: fs.checkpoints.load("/nowhere", FLOW), FileNotFoundError, "no checkpoint at /nowhere"),
+    "save_nothing": (lambda: fs.checkpoints.save("/tmp/nothing", FLOW), ValueError, "the tree has no arrays"),
     "foreign_terms": (
         lambda: diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, args: -y), fs.solvers.DDIM(), 0.0, 1.0, 0.1, jnp.ones(2)
@@ -346,6 +458,11 @@ CASES = {
         "DDIM got the terms of another equation",
     ),
 }
+
+
+def train_state():
+    network = fs.nn.ResidualMLP(LIKE, width=2, depth=1, key=KEY)
+    return fs.training.init(flow(network), optax.sgd(0.1), key=KEY)
 
 
 def sample_like(like):

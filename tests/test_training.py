@@ -11,7 +11,9 @@ import optax
 import pytest
 from jaxtyping import Array
 
-from flowsolve import paths, predictions, training
+from flowsolve import averages, losses, nn, paths, predictions, times, training
+from flowsolve.averages import Constant
+from flowsolve.data import Batches
 from flowsolve.flow import Flow
 
 DIM, BATCH = 2, 8
@@ -65,6 +67,7 @@ INPUTS = RNG.normal(size=(BATCH, DIM)).astype(np.float32)
 TARGETS = RNG.normal(size=(BATCH, DIM)).astype(np.float32)
 SGD = optax.sgd(0.05)
 KEY = jax.random.key(0)
+AVERAGES = (Constant(0.9),)
 
 
 def fit(loss, batches, optimiser=SGD, *, steps, key=KEY, ema=0.9, every=100, flow=None):
@@ -97,11 +100,11 @@ def constant(value):
 def test_one_step_is_gradient_descent():
     state = training.init(make_flow(), SGD, key=KEY)
     batch = (jnp.asarray(INPUTS), jnp.asarray(TARGETS))
-    after, value = training.train_step(state, batch, loss=least_squares, optimiser=SGD, ema=0.9)
+    after, measured = training.train_step(state, batch, loss=least_squares, optimiser=SGD, averages=AVERAGES)
 
     weight, bias = parameters(state.flow)
     error = INPUTS @ weight.T + bias - TARGETS
-    np.testing.assert_allclose(value, np.mean(np.sum(error**2, axis=1)), rtol=1e-6)
+    np.testing.assert_allclose(measured.loss, np.mean(np.sum(error**2, axis=1)), rtol=1e-6)
     np.testing.assert_allclose(after.flow.network.weight, weight - 0.05 * 2 / BATCH * error.T @ INPUTS, rtol=1e-5)
     np.testing.assert_allclose(after.flow.network.bias, bias - 0.05 * 2 * error.mean(axis=0), rtol=1e-5)
     assert after.step == 1
@@ -127,7 +130,7 @@ def test_converges_to_the_velocity_of_a_gaussian():
     intercept = -mean - slope * (1 - t) * mean
 
     rate = optax.linear_schedule(0.1, 0.005, 800)
-    batches = training.batches(data, batch_size=1_024, key=jax.random.key(1))
+    batches = Batches(data, batch_size=1_024, key=jax.random.key(1))
     *_, state = fit(MatchAtOneTime(jnp.float32(t)), batches, optax.adamw(rate), steps=800, ema=0.99, every=800)
     weight, bias = parameters(state.ema_flow)
     np.testing.assert_allclose(weight, slope * np.eye(DIM), atol=0.03)
@@ -145,7 +148,7 @@ def test_only_the_network_is_trained():
     *_, state = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), steps=3, flow=flow)
     assert state.flow.path == flow.path and state.flow.prediction == flow.prediction
     assert state.flow.network.name == "affine"
-    assert len(jax.tree.leaves(state.ema)) == 2
+    assert len(jax.tree.leaves(state.averages)) == 2
 
 
 # --- the moving average ------------------------------------------------------------------------
@@ -175,6 +178,130 @@ def test_without_average_it_is_the_weights():
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "average", [averages.HalfLife(3.0), averages.HalfLife(50.0, ramp_up=0.3), averages.PowerFunction(0.15)]
+)
+def test_other_averages_equal_their_weights(average):
+    """The average after n steps is the sum of all parameters with the weights of the table in averages.py."""
+    flow = make_flow()
+    batches = itertools.repeat((INPUTS, TARGETS))
+    seen = [parameters(flow)[0]]
+    for state in fit(least_squares, batches, steps=9, ema=average, every=1, flow=flow):
+        seen.append(parameters(state.flow)[0])
+    n = len(seen) - 1
+    k = np.arange(n + 1.0)
+    if isinstance(average, averages.PowerFunction):
+        gamma = float(average.gamma)
+        weights = np.append(0, (k[1:] / n) ** (gamma + 1) - (k[:-1] / n) ** (gamma + 1))
+    else:
+        half_lives = np.full(n, 3.0) if average.ramp_up is None else np.minimum(50.0, 0.3 * k[1:])
+        decays = 0.5 ** (1 / half_lives)
+        weights = np.append(np.prod(decays), [(1 - decays[i]) * np.prod(decays[i + 1 :]) for i in range(n)])
+    np.testing.assert_allclose(weights.sum(), 1)
+    expected = np.einsum("k,kij->ij", weights, np.float64(seen))
+    np.testing.assert_allclose(state.ema_flow.network.weight, expected, rtol=2e-5)
+
+
+def test_several_averages_or_none():
+    several = (Constant(0.5), averages.PowerFunction(0.1))
+    *_, both = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), steps=5, ema=several)
+    for average, kept in zip(several, both.averages, strict=True):
+        *_, alone = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), steps=5, ema=average)
+        assert same(alone.ema_flow, both.with_parameters(kept))
+    *_, without = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), steps=5, ema=None)
+    assert without.averages == () and same(without.flow, both.flow)
+    with pytest.raises(ValueError, match="no moving average"):
+        _ = without.ema_flow
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+def test_goes_on_to_the_last_bit():
+    """In two parts, with the state and the position of the first, it is the run in one part."""
+    loss = MatchAtOneTime(jnp.float32(0.5))
+    optimiser = optax.adamw(optax.cosine_decay_schedule(1e-2, 9))
+
+    def batches():
+        return Batches(INPUTS, batch_size=3, key=jax.random.key(3))
+
+    *_, whole = fit(loss, batches(), optimiser, steps=9, every=4)
+    *_, first = fit(loss, first_batches := batches(), optimiser, steps=5, every=4)
+    second_batches = batches()
+    second_batches.set_state(first_batches.get_state())
+    *_, second = fit(loss, second_batches, optimiser, steps=9, every=9, flow=first, key=None)
+    assert int(second.step) == 9
+    assert same(
+        (whole.flow, whole.averages, whole.optimiser_state), (second.flow, second.averages, second.optimiser_state)
+    )
+    assert int(first.step) == 5  # still the caller's
+    assert list(fit(loss, batches(), optimiser, steps=9, flow=second, key=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": KEY}, "goes on with its own"),
+        ({"key": None, "ema": None}, "0 moving averages for a state that has 1"),
+        ({"key": None, "steps": 1}, "steps = 1 for a state that has done 2"),
+    ],
+)
+def test_bad_ways_to_go_on_are_refused(options, message):
+    *_, state = fit(batch_mean, itertools.repeat(constant(1.0)), steps=2)
+    with pytest.raises(ValueError, match=message):
+        fit(batch_mean, itertools.repeat(constant(1.0)), **{"steps": 4, "flow": state, **options})
+
+
+# --- objectives of other shapes ------------------------------------------------------------------
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    halves = itertools.cycle([(INPUTS[:4], TARGETS[:4]), (INPUTS[4:], TARGETS[4:])])
+    *_, parts = fit(least_squares, halves, optax.MultiSteps(optax.adam(0.03), 2), steps=10)
+    *_, whole = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), optax.adam(0.03), steps=5)
+    for got, want in zip(parameters(parts.flow), parameters(whole.flow), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_half_precision_keeps_its_parameters_in_float32():
+    """The gradient is that of the network in bfloat16, the parameters and their updates are not rounded to it."""
+    flow = Flow(nn.Precision(make_flow().network, jnp.bfloat16), paths.Linear(), predictions.Velocity())
+    *_, state = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), optax.sgd(1e-4), steps=20, flow=flow)
+    weight = state.flow.network.network.weight
+    assert weight.dtype == jnp.float32
+    *_, exact = fit(least_squares, itertools.repeat((INPUTS, TARGETS)), optax.sgd(1e-4), steps=20)
+    moved = parameters(exact.flow)[0] - 0.1
+    # Each update is below an ulp of bfloat16 at 0.1, and yet they add up.
+    assert np.abs(moved).max() / 20 < 0.1 * 2**-8
+    np.testing.assert_allclose(weight - 0.1, moved, rtol=0.05, atol=2e-6)
+
+
+def test_loss_by_t_is_the_mean_in_each_bin():
+    flow = Flow(make_flow().network, paths.Linear(), predictions.Velocity())
+    loss = losses.Regression(times=times.Uniform(t_min=0.0, t_max=0.8))
+    seen = []
+
+    def watched(flow, x, args, *, key):
+        value, aux = loss(flow, x, args, key=key)
+        jax.debug.callback(lambda *parts: seen.append(parts), aux.t, aux.losses)
+        return value, aux
+
+    batch = np.tile(INPUTS, (8, 1))
+    *_, state = fit(watched, itertools.repeat(batch), optax.sgd(0.0), steps=3, flow=flow)
+    jax.effects_barrier()
+    t, each = (np.concatenate(parts).astype(float) for parts in zip(*seen, strict=True))
+    assert len(t) == 3 * len(batch)
+    edges = np.asarray(state.metrics["t_edges"])
+    np.testing.assert_allclose(np.arctan2(edges, 1 - edges), np.linspace(0, np.pi / 2, 9), atol=1e-6)
+    for low, high, mean in zip(edges[:-1], edges[1:], state.metrics["loss_by_t"], strict=True):
+        members = each[(t >= low) & (t < high)]
+        if len(members):
+            np.testing.assert_allclose(mean, members.mean(), rtol=1e-5)
+        else:
+            assert low >= 0.8 - 0.2 and np.isnan(mean)
+    np.testing.assert_allclose(state.metrics["loss"], each.mean(), rtol=1e-5)
+
+
 # --- what it yields ------------------------------------------------------------------------------
 
 
@@ -194,7 +321,7 @@ def test_same_key_same_bits():
     loss = MatchAtOneTime(jnp.float32(0.5))
 
     def run(key):
-        batches = training.batches(INPUTS, batch_size=4, key=jax.random.key(3))
+        batches = Batches(INPUTS, batch_size=4, key=jax.random.key(3))
         *_, state = fit(loss, batches, optax.adamw(1e-2), steps=6, key=jax.random.key(key))
         return state
 
@@ -231,7 +358,9 @@ def test_yielded_states_and_the_given_flow_stay_valid():
 def test_the_step_donates():
     state = training.init(make_flow(), SGD, key=KEY)
     batch = (jnp.asarray(INPUTS), jnp.asarray(TARGETS))
-    training._compiled_step((batch, least_squares, SGD, jnp.float32(0.9)), state)
+    arrays, rest = eqx.partition(state, eqx.is_array)
+    setting, setting_rest = eqx.partition((least_squares, SGD, AVERAGES), eqx.is_array)
+    training._compiled_step(arrays, batch, setting, training._Static((rest, setting_rest, None)))
     assert state.flow.network.weight.is_deleted()
     assert not batch[0].is_deleted()
 
@@ -283,8 +412,8 @@ def test_stops_at_a_loss_that_is_not_finite(bad):
     assert int(good.step) == 3
     # Usable: training goes on from it.
     batch = (jnp.ones((BATCH, DIM)), None)
-    after, value = training.train_step(good, batch, loss=batch_mean, optimiser=SGD, ema=0.9)
-    assert int(after.step) == 4 and np.isfinite(value)
+    after, measured = training.train_step(good, batch, loss=batch_mean, optimiser=SGD, averages=AVERAGES)
+    assert int(after.step) == 4 and np.isfinite(measured.loss)
 
 
 def test_a_failure_before_the_first_yield_gives_the_start():
@@ -312,9 +441,24 @@ def test_batches_that_end_early():
         list(fit(batch_mean, [], steps=1))
 
 
+def test_batches_that_change_their_shape():
+    states = []
+    batches = itertools.chain(map(constant, [1.0, 2.0]), [constant(3.0)[:5]])
+    with pytest.raises(
+        ValueError, match=r"The batch of step 3 is .*float32\[5, 2\].* those before were .*float32\[8, 2\]"
+    ):
+        for state in fit(batch_mean, batches, steps=9, every=4):
+            states.append(state)
+    assert [int(state.step) for state in states] == [2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"steps": 0}, "steps = 0"), ({"steps": 1, "every": 0}, "every = 0"), ({"steps": 1, "ema": 1.0}, "ema = 1.0")],
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"steps": 1, "every": 0}, "every = 0"),
+        ({"steps": 1, "ema": 1.0}, "decay 1, but wants 0 <= decay < 1"),
+    ],
 )
 def test_bad_options_are_refused_at_once(options, message):
     """By the call itself, not by the first step."""
@@ -348,53 +492,3 @@ def test_progress_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match="progress=False"):
         training.fit(batch_mean, make_flow(), [], SGD, steps=1, key=KEY)
-
-
-# --- batches -------------------------------------------------------------------------------------
-
-
-def take(data, count, args=None, batch_size=3, key=0):
-    batches = training.batches(data, args, batch_size=batch_size, key=jax.random.key(key))
-    return list(itertools.islice(batches, count))
-
-
-def test_each_epoch_is_a_permutation():
-    data = np.arange(12, dtype=np.float32)
-    drawn = [x for x, _ in take(data, 8)]
-    first, second = np.concatenate(drawn[:4]), np.concatenate(drawn[4:])
-    assert np.array_equal(np.sort(first), data)
-    assert np.array_equal(np.sort(second), data)
-    assert not np.array_equal(first, second)
-
-
-def test_the_last_partial_batch_is_left_out_and_changes():
-    data = np.arange(11, dtype=np.float32)
-    epochs = np.stack([x for x, _ in take(data, 30)]).reshape(10, 9)
-    assert all(len(set(epoch)) == 9 for epoch in epochs)
-    assert set(epochs.ravel()) == set(data)
-
-
-def test_args_follow_their_data():
-    data = {"a": np.arange(10, dtype=np.float32), "b": np.arange(20, dtype=np.float32).reshape(10, 2)}
-    for x, args in take(data, 7, args=(np.arange(10), np.arange(10) % 3)):
-        assert np.array_equal(x["a"], args[0])
-        assert np.array_equal(x["b"][:, 0], 2 * x["a"])
-        assert np.array_equal(args[1], args[0] % 3)
-
-
-def test_same_key_same_order():
-    data = np.arange(12, dtype=np.float32)
-    one, again, other = (np.stack([x for x, _ in take(data, 6, key=key)]) for key in (0, 0, 1))
-    assert np.array_equal(one, again)
-    assert not np.array_equal(one, other)
-    assert take(data, 1)[0][1] is None
-
-
-def test_bad_batches_are_refused_at_once():
-    data = np.ones((4, 2), np.float32)
-    with pytest.raises(ValueError, match="batch_size = 5 for 4 examples"):
-        training.batches(data, batch_size=5, key=KEY)
-    with pytest.raises(ValueError, match=r"\[3, 4\] examples"):
-        training.batches(data, np.arange(3), batch_size=2, key=KEY)
-    with pytest.raises(TypeError, match="floating point"):
-        training.batches(np.ones((4, 2), np.int32), batch_size=2, key=KEY)

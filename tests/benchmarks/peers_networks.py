@@ -1,13 +1,19 @@
-"""The networks of `networks.py` in PyTorch, with the same weights: `model(t, x)`, a batch x at one time t."""
+"""The networks of `networks.py` in PyTorch, with the same weights: `model(t, x)`, a batch x at one time t.
+
+And `fs.nn.ResidualMLP` with labels, `model(t, x, labels)`, which like the MLP takes a time for each example too.
+"""
 
 import math
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Array
 from networks import Dit, Mlp
+
+import flowsolve as fs
 
 
 def tensor(array: Array) -> torch.Tensor:
@@ -29,7 +35,7 @@ class TorchMlp(torch.nn.Module):
         self.weights = torch.nn.ParameterList([tensor(weight) for weight in network.weights])
 
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        h = torch.cat([x, t.expand(len(x), 1)], 1)
+        h = torch.cat([x, t.reshape(-1, 1).expand(len(x), 1)], 1)
         for weight in self.weights[:-1]:
             h = F.silu(F.linear(h, weight))
         return F.linear(h, self.weights[-1])
@@ -82,7 +88,46 @@ class TorchDit(torch.nn.Module):
         return out.reshape(batch, grid, grid, patch, patch, channels).transpose(2, 3).reshape(x.shape)
 
 
-def twin(network: Mlp | Dit) -> torch.nn.Module:
+def linear(source: eqx.nn.Linear, index: int | slice = slice(None)) -> torch.nn.Linear:
+    """A linear map, the index-th of a stack if there is one."""
+    weight, bias = tensor(source.weight[index]), tensor(source.bias[index])
+    made = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    made.weight, made.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    return made
+
+
+class TorchResidual(torch.nn.Module):
+    """`fs.nn.ResidualMLP` with labels."""
+
+    def __init__(self, network: fs.nn.ResidualMLP):
+        super().__init__()
+        self.embed = torch.nn.ModuleList(map(linear, network.embed.layers))
+        self.table = torch.nn.Parameter(tensor(network.label_embedding.table))
+        self.first, self.modulation, self.last = map(linear, (network.first, network.modulation, network.last))
+        blocks = network.blocks
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ModuleList([linear(part, i) for part in (blocks.modulation, blocks.first, blocks.second)])
+            for i in range(network.depth)
+        )
+        embedding = network.time_embedding
+        periods = np.geomspace(embedding.max_period, embedding.min_period, embedding.dim // 2)
+        self.register_buffer("frequencies", torch.from_numpy((2 * np.pi / periods).astype(np.float32)))
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        phases = t[:, None] * self.frequencies
+        c = torch.cat([phases.cos(), phases.sin()], 1)
+        c = self.embed[1](F.silu(self.embed[0](c))) + self.table[labels]
+        c = F.silu(c)
+        h = self.first(x.flatten(1))
+        for modulation, first, second in self.blocks:
+            scale, shift, gate = modulation(c).chunk(3, 1)
+            normed = torch.addcmul(shift, F.layer_norm(h, h.shape[-1:]), 1 + scale)
+            h = h + gate * second(F.silu(first(normed)))
+        scale, shift = self.modulation(c).chunk(2, 1)
+        return self.last(torch.addcmul(shift, F.layer_norm(h, h.shape[-1:]), 1 + scale)).reshape(x.shape)
+
+
+def twin(network: Mlp | Dit | fs.nn.ResidualMLP) -> torch.nn.Module:
     """The network in PyTorch."""
-    model = TorchMlp(network) if isinstance(network, Mlp) else TorchDit(network)
-    return model.eval().requires_grad_(False)
+    kinds = {Mlp: TorchMlp, Dit: TorchDit, fs.nn.ResidualMLP: TorchResidual}
+    return kinds[type(network)](network).eval().requires_grad_(False)

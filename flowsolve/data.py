@@ -1,0 +1,151 @@
+r"""Batches of a data set in memory, whose n-th batch is a function of a key and n.
+
+Epoch e visits the examples in the order of a permutation drawn from the key folded with e, batch after batch; those
+that do not fill a last batch are left out of that epoch, others in each. So a position is one number, the batches
+taken, and a run that is resumed gets the batches it would have had.
+
+    batches = fs.data.Batches(x, labels, batch_size=256, key=jax.random.key(0))
+    for state in fs.training.fit(loss, flow, batches, optimiser, steps=2_000, key=key):
+        ...
+
+Training takes any iterable of batches in its place. One that is to be resumed at its position, as `checkpoints` does,
+has `get_state()` and `set_state(state)`: `Batches` does, and so do the iterators of `grain`.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from ._checks import check_count, check_key, check_state, describe
+from ._types import Args, PRNGKey
+
+__all__ = ["Batches", "Resumable"]
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """An iterator of batches that knows its position."""
+
+    def get_state(self) -> dict | bytes:
+        """The position, of numbers and text that JSON holds, or bytes."""
+        ...
+
+    def set_state(self, state: dict | bytes) -> None:
+        """Go to a position that `get_state` gave."""
+        ...
+
+
+class Batches:
+    """Endless batches of a data set in memory, in a new random order each epoch.
+
+    An iterator over tuples (x, args) of arrays on the device of the data, args None where there are none. The same key
+    gives the same batches.
+
+    **Arguments:** `data`: examples along the leading axis of every leaf, e.g. an array, or `couplings.Pairs`; `args`:
+    their labels or the like, any pytree of arrays with the same leading axis, or None; `batch_size`: examples in a
+    batch, of all processes together; `key`: for the order; `transform`: None, or (key, batch) -> batch with another
+    key each time, for instance to augment; it is compiled with the taking; `part`: None, or (process, processes), of
+    which each takes its share of the rows of every batch.
+
+    **Raises:** `ValueError` if there are no examples, or fewer than `batch_size`, or leading axes differ, or the
+    processes do not divide the batch.
+    """
+
+    def __init__(
+        self,
+        data: PyTree,
+        args: Args = None,
+        *,
+        batch_size: int,
+        key: PRNGKey,
+        transform: Callable[[PRNGKey, tuple[PyTree, Args]], tuple[PyTree, Args]] | None = None,
+        part: tuple[int, int] | None = None,
+    ):
+        self._key = check_key(key, "the order of the batches")
+        data, args = jax.tree.map(jnp.asarray, (data, args))
+        check_state(data, "data")
+        lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves((data, args))}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"The leaves of data and args have {sorted(lengths)} examples along their leading axes, but want the "
+                "same."
+            )
+        (self._count,) = lengths
+        if self._count == 0:
+            raise ValueError(f"The data set is empty: data is {describe(data)}, but wants at least one example.")
+        self._size = check_count(batch_size, "Batches got batch_size")
+        if self._size > self._count:
+            raise ValueError(
+                f"Batches got batch_size = {batch_size} for {self._count} examples, but wants at most as many: take a "
+                "smaller batch."
+            )
+        process, processes = (0, 1) if part is None else part
+        if not 0 <= process < processes or self._size % processes:
+            raise ValueError(
+                f"Batches got part = {part} for batch_size = {batch_size}, but wants (process, processes) with the "
+                "process below their number and the batch divisible by it."
+            )
+        self._rows = process * self._size // processes, self._size // processes
+        self._examples = data, args
+        self._transform = transform
+        self._taken = 0
+        self._order: tuple[int, Int[Array, " count"]] | None = None
+
+    @property
+    def epoch_length(self) -> int:
+        """Batches in an epoch."""
+        return self._count // self._size
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> tuple[PyTree, Args]:
+        epoch, within = divmod(self._taken, self.epoch_length)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, _order(self._key, np.asarray(epoch, np.int32), self._count)
+        first, rows = self._rows
+        place = np.asarray([epoch, within, within * self._size + first], np.int32)
+        batch = _take(self._examples, self._order[1], place, rows, self._key, self._transform)
+        self._taken += 1
+        return batch
+
+    def get_state(self) -> dict:
+        """The position: the number of batches taken."""
+        return {"taken": self._taken}
+
+    def set_state(self, state: dict) -> None:
+        """Go to a position that `get_state` gave."""
+        self._taken = check_count(state.get("taken") if isinstance(state, dict) else state, "taken", least=0)
+
+
+@eqx.filter_jit
+def _order(key: PRNGKey, epoch: Int[Array | np.ndarray, ""], count: int) -> Int[Array, " count"]:
+    return jax.random.permutation(jax.random.fold_in(key, epoch), count)
+
+
+@eqx.filter_jit
+def _take(
+    examples: PyTree,
+    order: Int[Array, " count"],
+    place: Int[Array | np.ndarray, "3"],
+    rows: int,
+    key: PRNGKey,
+    transform: Callable[[PRNGKey, tuple[PyTree, Args]], tuple[PyTree, Args]] | None,
+) -> tuple[PyTree, Args]:
+    """The examples at order[start : start + rows] for place = (epoch, batch within it, start).
+
+    Compiled, so that the host never waits for `order`.
+    """
+    epoch, within, start = (place[i] for i in range(3))
+    indices = jax.lax.dynamic_slice(order, (start,), (rows,))
+    batch = jax.tree.map(lambda leaf: jnp.take(leaf, indices, axis=0, unique_indices=True), examples)
+    if transform is None:
+        return batch
+    # Another number than any epoch's, from whose key its order comes.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 2**32 - 1), epoch), within)
+    return transform(key, batch)

@@ -1,0 +1,122 @@
+"""Batches in memory: permutations, positions, transforms, parts."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from flowsolve.data import Batches, Resumable
+
+KEY = jax.random.key(0)
+
+
+def take(data, count, args=None, batch_size=3, key=0):
+    batches = Batches(data, args, batch_size=batch_size, key=jax.random.key(key))
+    return list(itertools.islice(batches, count))
+
+
+def test_each_epoch_is_a_permutation():
+    data = np.arange(12, dtype=np.float32)
+    drawn = [x for x, _ in take(data, 8)]
+    first, second = np.concatenate(drawn[:4]), np.concatenate(drawn[4:])
+    assert np.array_equal(np.sort(first), data)
+    assert np.array_equal(np.sort(second), data)
+    assert not np.array_equal(first, second)
+
+
+def test_the_last_partial_batch_is_left_out_and_changes():
+    data = np.arange(11, dtype=np.float32)
+    epochs = np.stack([x for x, _ in take(data, 30)]).reshape(10, 9)
+    assert all(len(set(epoch)) == 9 for epoch in epochs)
+    assert set(epochs.ravel()) == set(data)
+
+
+def test_args_follow_their_data():
+    data = {"a": np.arange(10, dtype=np.float32), "b": np.arange(20, dtype=np.float32).reshape(10, 2)}
+    for x, args in take(data, 7, args=(np.arange(10), np.arange(10) % 3)):
+        assert np.array_equal(x["a"], args[0])
+        assert np.array_equal(x["b"][:, 0], 2 * x["a"])
+        assert np.array_equal(args[1], args[0] % 3)
+
+
+def test_same_key_same_order():
+    data = np.arange(12, dtype=np.float32)
+    one, again, other = (np.stack([x for x, _ in take(data, 6, key=key)]) for key in (0, 0, 1))
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+    assert take(data, 1)[0][1] is None
+
+
+def test_bad_batches_are_refused_at_once():
+    data = np.ones((4, 2), np.float32)
+    with pytest.raises(ValueError, match="batch_size = 5 for 4 examples"):
+        Batches(data, batch_size=5, key=KEY)
+    with pytest.raises(ValueError, match=r"\[3, 4\] examples"):
+        Batches(data, np.arange(3), batch_size=2, key=KEY)
+    with pytest.raises(TypeError, match="floating point"):
+        Batches(np.ones((4, 2), np.int32), batch_size=2, key=KEY)
+
+
+def test_a_position_is_resumed():
+    """The batches after a position are those that would have come, from a new object too."""
+    data = np.arange(11, dtype=np.float32)
+
+    def jitter(key, batch):
+        x, args = batch
+        return x + jax.random.uniform(key, x.shape), args
+
+    def make():
+        return Batches(data, batch_size=3, key=KEY, transform=jitter)
+
+    straight = make()
+    wanted = [np.asarray(x) for x, _ in itertools.islice(straight, 10)]
+    assert isinstance(straight, Resumable) and straight.get_state() == {"taken": 10}
+    for taken in (0, 2, 3, 7):
+        resumed = make()
+        resumed.set_state({"taken": taken})
+        for want in wanted[taken:]:
+            np.testing.assert_array_equal(next(resumed)[0], want)
+
+
+def test_a_transform_has_its_own_key_each_time():
+    data = np.zeros((4, 1), np.float32)
+
+    def noise(key, batch):
+        x, args = batch
+        return x + jax.random.normal(key, x.shape), args
+
+    drawn = np.concatenate([x for x, _ in itertools.islice(Batches(data, batch_size=2, key=KEY, transform=noise), 8)])
+    assert len(np.unique(drawn)) == 16
+
+
+def test_processes_share_the_rows_of_a_batch():
+    data = np.arange(24, dtype=np.float32)
+    whole = Batches(data, np.arange(24), batch_size=6, key=KEY)
+    parts = [Batches(data, np.arange(24), batch_size=6, key=KEY, part=(i, 3)) for i in range(3)]
+    for _ in range(5):
+        x, args = next(whole)
+        pieces = [next(part) for part in parts]
+        np.testing.assert_array_equal(np.concatenate([piece[0] for piece in pieces]), x)
+        np.testing.assert_array_equal(np.concatenate([piece[1] for piece in pieces]), args)
+
+
+def test_one_trace_for_all_batches():
+    traces = []
+
+    def count(key, batch):
+        traces.append(None)
+        return batch
+
+    list(itertools.islice(Batches(np.ones((10, 2), np.float32), batch_size=3, key=KEY, transform=count), 9))
+    assert len(traces) == 1
+
+
+def test_bad_data_sets_are_refused():
+    data = np.ones((4, 2), np.float32)
+    with pytest.raises(ValueError, match="data set is empty"):
+        Batches(np.ones((0, 2), np.float32), batch_size=1, key=KEY)
+    with pytest.raises(ValueError, match=r"part = \(0, 3\) for batch_size = 4"):
+        Batches(data, batch_size=4, key=KEY, part=(0, 3))
+    with pytest.raises(ValueError, match="taken"):
+        Batches(data, batch_size=2, key=KEY).set_state({})
