@@ -23,8 +23,9 @@ Source: Pooladian et al. (2023), arXiv 2304.14772; Tong et al. (2023), arXiv 230
 """
 
 import abc
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -33,11 +34,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.optimize
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from ._checks import check_count, check_key, check_positive, describe, is_concrete
+from ._checks import check_count, check_key, check_positive, check_state, describe, is_concrete
 from ._numerics import as_scalar, optional_scalar
-from ._types import Args, PRNGKey, Scalar, State
+from ._types import Args, PRNGKey, Scalar, ScalarLike, State
+from .sources import AbstractSource, Normal
 
 __all__ = [
     "AbstractCost",
@@ -45,10 +47,12 @@ __all__ = [
     "Assignment",
     "Independent",
     "Pairs",
+    "Semidiscrete",
     "Sinkhorn",
     "SquaredDistance",
     "WithCondition",
     "mismatch",
+    "semidiscrete",
 ]
 
 
@@ -85,10 +89,7 @@ class SquaredDistance(AbstractCost):
 
     def matrix(self, data: State, noise: State, args: Args) -> Float[Array, "num num"]:
         del args
-        x, z = _rows(data), _rows(noise)
-        product = jnp.matmul(x, z.T, precision=jax.lax.Precision.HIGHEST)
-        squares = jnp.sum(x**2, axis=1)[:, None] + jnp.sum(z**2, axis=1)[None, :]
-        return jnp.maximum(squares - 2 * product, 0)
+        return _squared_distances(_rows(data), _rows(noise))
 
 
 def mismatch(first: Args, second: Args) -> Scalar:
@@ -219,6 +220,95 @@ class Sinkhorn(AbstractCoupling):
         return (solved.f[:, None] + solved.g[None, :] - cost) / epsilon
 
 
+class Semidiscrete(eqx.Module):
+    r"""Optimal transport between a source and a whole data set, learnt once: each noise has its example.
+
+    With a number $g_i$ for each example, learnt so that every example is drawn equally often,
+
+    $$i(z) = \mathrm{argmin}_i\; |x_i - z|^2 - g_i ,$$
+
+    or for epsilon > 0 drawn from the softmax of $(g_i - |x_i - z|^2)/\varepsilon$. Unlike a coupling of batches it has
+    no error of a batch, and a batch of it costs one search through the data.
+
+    **Arguments:** as in `semidiscrete`, which makes it; `potential`: the numbers g.
+
+    Source: Genevay et al. (2016), arXiv 1605.08527; Mousavi-Hosseini et al. (2025), arXiv 2509.25519 (flow matching).
+    """
+
+    data: State
+    args: Args
+    source: AbstractSource
+    epsilon: Scalar
+    potential: Float[Array, " num"]
+
+    def pairs(self, key: PRNGKey, num: int) -> tuple[Pairs, Args]:
+        """`num` pairs and the args of their data: a batch for a loss, e.g. from `data.Draws`."""
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.data)
+        keys = jax.random.split(check_key(key, "Semidiscrete.pairs"), (num, 2))
+        noise = jax.vmap(lambda key: self.source.sample(key, like))(keys[:, 0])
+        gain = self.potential[None, :] - _squared_distances(_rows(noise), _rows(self.data))
+        soft = jax.vmap(lambda key, row: jax.random.gumbel(key, row.shape, row.dtype))(keys[:, 1], gain)
+        index = jnp.argmax(gain + self.epsilon.astype(gain.dtype) * soft, axis=1)
+        data, args = jax.tree.map(lambda leaf: leaf[index], (self.data, self.args))
+        return Pairs(data, noise), args
+
+
+def semidiscrete(
+    data: PyTree,
+    args: Args = None,
+    *,
+    key: PRNGKey,
+    source: AbstractSource = Normal(),
+    epsilon: float = 0.0,
+    iterations: int = 20_000,
+    batch_size: int = 256,
+    learning_rate: ScalarLike = 0.1,
+) -> Semidiscrete:
+    """Learn a `Semidiscrete` plan by stochastic gradient steps on its dual, with ott-jax.
+
+    **Arguments:** `data`: the data set, examples along the leading axis; `args`: their labels or the like; `key`: for
+    the draws; `source`: the law of the noise; `epsilon`: >= 0, in units of the squared distance; `iterations` of
+    `batch_size` noises each; `learning_rate`: of the first steps, in units of the mean squared distance; it falls to 0.
+
+    **Returns:** the plan.
+
+    **Raises:** `ImportError` without ott-jax; `ValueError` for numbers that make no sense.
+    """
+    pointcloud, problems, solvers = _import_semidiscrete()
+    key = check_key(key, "semidiscrete")
+    data, args = jax.tree.map(jnp.asarray, (data, args))
+    check_state(data, "data")
+    iterations = check_count(iterations, "semidiscrete got iterations")
+    batch_size = check_count(batch_size, "semidiscrete got batch_size")
+    if not epsilon >= 0:
+        raise ValueError(f"semidiscrete got epsilon = {epsilon}, but wants a number >= 0.")
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), data)
+    rows = _rows(data)
+
+    def sampler(key: PRNGKey, shape: tuple[int, ...], dtype: Any = None) -> Array:
+        noise = jax.vmap(lambda key: source.sample(key, like))(jax.random.split(key, shape[0]))
+        return _rows(noise).astype(rows.dtype)
+
+    @jax.jit
+    def learn(key: PRNGKey, rows: Float[Array, "num dim"], rate: Scalar) -> Float[Array, " num"]:
+        scale_key, key = jax.random.split(key)
+        scale = jnp.mean(_squared_distances(sampler(scale_key, (256,)), rows))
+        schedule = optax.cosine_decay_schedule(1.0, iterations)
+        optimiser = optax.chain(optax.adam(1.0), optax.scale_by_schedule(schedule), optax.scale(rate * scale))
+        # ott-jax promotes dtypes and ranks on its own, which a user may have forbidden.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            problem = problems.SemidiscreteLinearProblem(
+                pointcloud.SemidiscretePointCloud(sampler, rows, epsilon=epsilon)
+            )
+            solver = solvers.SemidiscreteSolver(
+                num_iterations=iterations, batch_size=batch_size, optimizer=optimiser, error_eval_every=iterations
+            )
+            return solver(key, problem).g
+
+    potential = learn(key, rows, as_scalar(learning_rate))
+    return Semidiscrete(data, args, source, as_scalar(epsilon), potential)
+
+
 def _draw_rows(key: PRNGKey, log_plan: Float[Array, "num num"]) -> Int[Array, " num"]:
     """j(i) from row i."""
     levels = jax.random.uniform(key, log_plan.shape[:1], log_plan.dtype)
@@ -251,18 +341,32 @@ def _draw(level: Array, log_weights: Float[Array, " num"]) -> Int[Array, ""]:
 
 
 def _import_ott() -> tuple[Any, Any, Any]:
+    with _importing_ott("Sinkhorn"):
+        from ott.geometry import geometry
+        from ott.problems.linear import linear_problem
+        from ott.solvers.linear import sinkhorn
+    return geometry, linear_problem, sinkhorn
+
+
+def _import_semidiscrete() -> tuple[Any, Any, Any]:
+    with _importing_ott("semidiscrete"):
+        from ott.geometry import semidiscrete_pointcloud
+        from ott.problems.linear import semidiscrete_linear_problem
+        from ott.solvers.linear import semidiscrete
+    return semidiscrete_pointcloud, semidiscrete_linear_problem, semidiscrete
+
+
+@contextlib.contextmanager
+def _importing_ott(who: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             # It imports a library that says it is no longer maintained.
             warnings.simplefilter("ignore", DeprecationWarning)
-            from ott.geometry import geometry
-            from ott.problems.linear import linear_problem
-            from ott.solvers.linear import sinkhorn
+            yield
     except ImportError as error:
         raise ImportError(
-            'Sinkhorn solves with ott-jax, which is not installed: pip install "flowsolve[ot]", or use Assignment.'
+            f'{who} solves with ott-jax, which is not installed: pip install "flowsolve[ot]", or use Assignment.'
         ) from error
-    return geometry, linear_problem, sinkhorn
 
 
 @jax.jit
@@ -283,6 +387,12 @@ def _by_optax(cost: Float[Array, "num num"]) -> Int[Array, " num"]:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         rows, columns = optax.assignment.hungarian_algorithm(cost)
     return jnp.zeros(cost.shape[:1], jnp.int32).at[rows].set(columns.astype(jnp.int32))
+
+
+def _squared_distances(x: Float[Array, "rows dim"], z: Float[Array, "columns dim"]) -> Float[Array, "rows columns"]:
+    product = jnp.matmul(x, z.T, precision=jax.lax.Precision.HIGHEST)
+    squares = jnp.sum(x**2, axis=1)[:, None] + jnp.sum(z**2, axis=1)[None, :]
+    return jnp.maximum(squares - 2 * product, 0)
 
 
 def _rows(batch: State) -> Float[Array, "num dim"]:

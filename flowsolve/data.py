@@ -13,18 +13,18 @@ has `get_state()` and `set_state(state)`: `Batches` does, and so do the iterator
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, PyTree, UInt
 
 from ._checks import check_count, check_key, check_state, describe
 from ._types import Args, PRNGKey
 
-__all__ = ["Batches", "Resumable"]
+__all__ = ["Batches", "Draws", "Resumable"]
 
 
 @runtime_checkable
@@ -120,7 +120,49 @@ class Batches:
 
     def set_state(self, state: dict) -> None:
         """Go to a position that `get_state` gave."""
-        self._taken = check_count(state.get("taken") if isinstance(state, dict) else state, "taken", least=0)
+        self._taken = _taken(state)
+
+
+class Draws:
+    """Endless batches that a function draws, of simulated data or of pairs, each with a key of its own.
+
+    An iterator whose n-th batch is draw(key folded with n), compiled once; its position can be saved as that of
+    `Batches`.
+
+    **Arguments:** `draw`: key -> x, or (x, args), with a leading batch axis; `key`: one typed key.
+    """
+
+    def __init__(self, draw: Callable[[PRNGKey], PyTree], *, key: PRNGKey):
+        if not callable(draw):
+            raise TypeError(f"Draws got a {type(draw).__name__}, but wants a function from a key to a batch.")
+        self._draw = draw
+        self._key = check_key(key, "Draws")
+        self._taken = 0
+
+    def __iter__(self) -> "Draws":
+        return self
+
+    def __next__(self) -> PyTree:
+        batch = _drawn(self._draw, self._key, np.asarray(self._taken, np.uint32))
+        self._taken += 1
+        return batch
+
+    def get_state(self) -> dict:
+        """The position: the number of batches taken."""
+        return {"taken": self._taken}
+
+    def set_state(self, state: dict) -> None:
+        """Go to a position that `get_state` gave."""
+        self._taken = _taken(state)
+
+
+def _taken(state: Any) -> int:
+    return check_count(state.get("taken") if isinstance(state, dict) else state, "taken", least=0)
+
+
+@eqx.filter_jit
+def _drawn(draw: Callable[[PRNGKey], PyTree], key: PRNGKey, number: UInt[Array | np.ndarray, ""]) -> PyTree:
+    return draw(jax.random.fold_in(key, number))
 
 
 @eqx.filter_jit

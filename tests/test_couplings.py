@@ -1,5 +1,6 @@
 """Couplings: optimal, bijective, drawn from the plan they claim, and with every label at its example."""
 
+import functools
 import itertools
 
 import equinox as eqx
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.stats
 
 import flowsolve as fs
 from flowsolve import couplings, losses, paths, predictions, sources
@@ -158,6 +160,38 @@ def test_small_epsilon_is_the_assignment():
         assert np.array_equal(order(coupling, KEY, x, z), exact)
 
 
+# --- the whole data set --------------------------------------------------------------------------------
+
+
+@functools.cache
+def plan(epsilon=0.0):
+    """On a line, from N(0, 1) to five points."""
+    data = {"x": jnp.asarray([[-2.0], [0.3], [0.1], [3.0], [0.5]])}
+    return couplings.semidiscrete(data, jnp.arange(5), key=KEY, epsilon=epsilon, iterations=3000, batch_size=128)
+
+
+def test_semidiscrete_cells_are_quantiles():
+    """On a line the i-th point from the left gets the i-th fifth of the source."""
+    pairs, labels = eqx.filter_jit(plan().pairs)(jax.random.key(1), 20_000)
+    noise, data = np.asarray(pairs.noise["x"])[:, 0], np.asarray(pairs.data["x"])[:, 0]
+    np.testing.assert_array_equal(data, np.float32([-2.0, 0.3, 0.1, 3.0, 0.5])[labels])
+    wanted = np.sort([-2.0, 0.3, 0.1, 3.0, 0.5])[np.floor(5 * scipy.stats.norm.cdf(noise)).astype(int)]
+    assert np.mean(data == np.float32(wanted)) > 0.97
+    counts = np.bincount(labels, minlength=5) / len(noise)
+    assert np.all(np.abs(counts - 0.2) < 0.01)
+    assert abs(noise.mean()) < 4 / np.sqrt(len(noise)) and abs(noise.std() - 1) < 4 / np.sqrt(2 * len(noise))
+
+
+def test_semidiscrete_with_entropy_still_draws_all_equally():
+    soft = plan(1.0)
+    pairs, labels = eqx.filter_jit(soft.pairs)(jax.random.key(1), 20_000)
+    assert np.all(np.abs(np.bincount(labels, minlength=5) / len(labels) - 0.2) < 0.015)
+    # Noise near a border goes to both sides of it.
+    noise = np.asarray(pairs.noise["x"])[:, 0]
+    near = np.abs(noise - scipy.stats.norm.ppf(0.2)) < 0.05
+    assert len(np.unique(labels[near])) > 2
+
+
 # --- conditions ------------------------------------------------------------------------------------
 
 
@@ -245,6 +279,8 @@ def test_errors():
         Sinkhorn(0.0)
     with pytest.raises(ValueError, match="iterations = 0"):
         Sinkhorn(iterations=0)
+    with pytest.raises(ValueError, match="epsilon = -1"):
+        couplings.semidiscrete(x, key=KEY, epsilon=-1.0)
     with pytest.raises(ValueError, match="Pairs got data"):
         Pairs(x, z[:, :2])
 

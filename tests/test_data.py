@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from flowsolve.data import Batches, Resumable
+from flowsolve.data import Batches, Draws, Resumable
 
 KEY = jax.random.key(0)
 
@@ -110,6 +110,22 @@ def test_one_trace_for_all_batches():
 
     list(itertools.islice(Batches(np.ones((10, 2), np.float32), batch_size=3, key=KEY, transform=count), 9))
     assert len(traces) == 1
+
+
+def test_draws_are_functions_of_key_and_number():
+    traces = []
+
+    def draw(key):
+        traces.append(None)
+        return jax.random.normal(key, (3,)), None
+
+    draws = Draws(draw, key=KEY)
+    first = [np.asarray(x) for x, _ in itertools.islice(draws, 4)]
+    assert len(traces) == 1 and len(np.unique(first)) == 12
+    np.testing.assert_allclose(first[2], jax.random.normal(jax.random.fold_in(KEY, 2), (3,)), rtol=1e-6)
+    draws.set_state({"taken": 2})
+    np.testing.assert_array_equal(next(draws)[0], first[2])
+    assert draws.get_state() == {"taken": 3} and isinstance(draws, Resumable)
 
 
 def test_bad_data_sets_are_refused():
