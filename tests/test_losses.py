@@ -415,6 +415,54 @@ def test_targets_and_weights(x64):
             np.testing.assert_allclose(found, expected, rtol=1e-7, err_msg=f"{which} at {t}")
 
 
+def test_the_gradient_of_a_weighted_loss_is_that_of_the_data_loss(x64):
+    """For every own prediction and target, the derivative in the network's parameters, for weights of both forms."""
+    path, net = PATHS["vp"], Net()
+    x0, eps = (jnp.asarray(v) for v in pair())
+    direction = jax.tree.map(jnp.cos, net)
+    kinds = {"min_snr": weights.MinSNR(3.0), "edm": weights.EDM(0.7)}
+
+    def predicted(net, prediction, t, x):
+        """The denoiser `net` in the words of a prediction."""
+        alpha, sigma = path.coefficients(t)
+        data = net(t, x, None)
+        a, b, c = prediction.coefficients(path, t)
+        return (a * data + b * (x - alpha * data) / sigma) / c
+
+    @jax.jit
+    def derivatives(t):
+        def all_losses(net):
+            found = {}
+            for own, own_prediction in PREDICTIONS.items():
+
+                def network(t, x, args, *, key=None, own_prediction=own_prediction):
+                    return predicted(net, own_prediction, t, x)
+
+                flow = fs.Flow(network, path, own_prediction)
+                for target, target_prediction in PREDICTIONS.items():
+                    for kind, weight in kinds.items():
+                        loss = Regression(target=target_prediction, weight=weight)
+                        found[f"{own} {target} {kind}"] = loss.one(flow, x0, t=t, noise=eps)
+            return found
+
+        return jax.jvp(all_losses, (net,), (direction,))[1]
+
+    def data_loss(net, t, kind):
+        alpha, sigma = path.coefficients(t)
+        error = net(t, alpha * x0 + sigma * eps, None) - x0
+        return weight64(kind, float(alpha), float(sigma)) * jnp.mean(error**2)
+
+    for t in (0.05, 0.4):
+        found = derivatives(jnp.asarray(t))
+        assert len(found) == 2 * len(PREDICTIONS) ** 2
+        for kind in kinds:
+            wanted = jax.jvp(lambda net, t=t, kind=kind: data_loss(net, jnp.asarray(t), kind), (net,), (direction,))[1]
+            assert abs(wanted) > 1e-3
+            for which, value in found.items():
+                if which.endswith(kind):
+                    np.testing.assert_allclose(value, wanted, rtol=1e-7, err_msg=f"{which} at {t}")
+
+
 # kind: the end at which its weight on the data's loss, or on the noise's, is infinite.
 ENDS_OF_WEIGHTS = {
     "edm": ("data", "noise"),
