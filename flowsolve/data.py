@@ -12,8 +12,9 @@ Training takes any iterable of batches in its place. One that is to be resumed a
 has `get_state()` and `set_state(state)`: `Batches` does, and so do the iterators of `grain`.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+import abc
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -40,7 +41,28 @@ class Resumable(Protocol):
         ...
 
 
-class Batches:
+class _AbstractCounted(abc.ABC):
+    """An endless iterator whose position is the number of batches taken."""
+
+    _taken: int = 0
+
+    def __iter__(self) -> Iterator[PyTree]:
+        return self
+
+    @abc.abstractmethod
+    def __next__(self) -> PyTree: ...
+
+    def get_state(self) -> dict:
+        """The position: the number of batches taken."""
+        return {"taken": self._taken}
+
+    def set_state(self, state: dict) -> None:
+        """Go to a position that `get_state` gave."""
+        taken = state.get("taken") if isinstance(state, dict) else state
+        self._taken = check_count(taken, "taken", least=0)
+
+
+class Batches(_AbstractCounted):
     """Endless batches of a data set in memory, in a new random order each epoch.
 
     An iterator over tuples (x, args) of arrays on the device of the data, args None where there are none. The same key
@@ -93,16 +115,12 @@ class Batches:
         self._rows = process * self._size // processes, self._size // processes
         self._examples = data, args
         self._transform = transform
-        self._taken = 0
         self._order: tuple[int, Int[Array, " count"]] | None = None
 
     @property
     def epoch_length(self) -> int:
         """Batches in an epoch."""
         return self._count // self._size
-
-    def __iter__(self) -> "Batches":
-        return self
 
     def __next__(self) -> tuple[PyTree, Args]:
         epoch, within = divmod(self._taken, self.epoch_length)
@@ -114,16 +132,8 @@ class Batches:
         self._taken += 1
         return batch
 
-    def get_state(self) -> dict:
-        """The position: the number of batches taken."""
-        return {"taken": self._taken}
 
-    def set_state(self, state: dict) -> None:
-        """Go to a position that `get_state` gave."""
-        self._taken = _taken(state)
-
-
-class Draws:
+class Draws(_AbstractCounted):
     """Endless batches that a function draws, of simulated data or of pairs, each with a key of its own.
 
     An iterator whose n-th batch is draw(key folded with n), compiled once; its position can be saved as that of
@@ -137,27 +147,11 @@ class Draws:
             raise TypeError(f"Draws got a {type(draw).__name__}, but wants a function from a key to a batch.")
         self._draw = draw
         self._key = check_key(key, "Draws")
-        self._taken = 0
-
-    def __iter__(self) -> "Draws":
-        return self
 
     def __next__(self) -> PyTree:
         batch = _drawn(self._draw, self._key, np.asarray(self._taken, np.uint32))
         self._taken += 1
         return batch
-
-    def get_state(self) -> dict:
-        """The position: the number of batches taken."""
-        return {"taken": self._taken}
-
-    def set_state(self, state: dict) -> None:
-        """Go to a position that `get_state` gave."""
-        self._taken = _taken(state)
-
-
-def _taken(state: Any) -> int:
-    return check_count(state.get("taken") if isinstance(state, dict) else state, "taken", least=0)
 
 
 @eqx.filter_jit

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Real
 
-from ._checks import check, check_key, check_positive, check_state, check_type, describe, known
+from ._checks import check, check_key, check_positive, check_state, check_type, describe, is_concrete, known
 from ._numerics import as_scalar, linear_combination, normal_like
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .bridges import BridgeFlow
@@ -260,7 +260,6 @@ class Regression(eqx.Module):
         disagree, an empty batch, a missing or wrong key, or noise that depends on the data for a flow whose source
         says that it does not.
         """
-
         check_type(flow, AbstractFlow, "flow", "a fs.Flow: for a BridgeFlow take BridgeRegression")
 
         def one(x0: State, noise: State, args: Args, t: Scalar, key: PRNGKey, mask: PyTree | None) -> Scalar:
@@ -312,6 +311,8 @@ class BridgeRegression(eqx.Module):
     def __check_init__(self):
         check_type(self.coupling, AbstractCoupling, "coupling", "an instance such as fs.couplings.Assignment()")
         check_type(self.times, AbstractTimes, "times", "an instance such as fs.times.Uniform()")
+        if is_concrete(self.score_weight) and not float(self.score_weight) >= 0:
+            raise ValueError(f"BridgeRegression got score_weight = {float(self.score_weight):g}, but wants it >= 0.")
 
     def one(
         self,

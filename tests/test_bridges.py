@@ -166,5 +166,7 @@ def test_what_it_does_not_offer_is_refused_by_type():
     for solver in (fs.solvers.DDIM(), fs.solvers.UniPC(2)):
         with pytest.raises(TypeError, match="steps through the denoised data, but a BridgeFlow predicts its velocity"):
             fs.sample(flow, LIKE, **options, solver=solver)
+    with pytest.raises(ValueError, match="score_weight = -1"):
+        losses.BridgeRegression(couplings.Independent(), score_weight=-1.0)
     with pytest.raises(ValueError, match="sigma = 0"):
         fs.BridgeFlow(flow.network, 0.0, flow.source)

@@ -656,6 +656,7 @@ def test_errors(untyped):
         (ValueError, "args is int32.4., but x0 has 5 examples", {"args": labels[:4]}),
         (ValueError, "args is", {"args": {"label": labels, "scale": jnp.asarray(1.0)}}),
         (ValueError, "example_weight has shape .5, 1.", {"example_weight": jnp.ones((5, 1))}),
+        (ValueError, "example_weight has a negative number", {"example_weight": jnp.asarray([1.0, 1, 1, 1, -1])}),
         (TypeError, "mask is .* wants booleans", {"mask": jnp.ones((5, 3))}),
         (ValueError, "mask is .* wants booleans like x0", {"mask": jnp.ones((5, 1), bool)}),
         (ValueError, "mask is .* wants booleans like x0", {"mask": [jnp.ones((5, 3), bool)]}),
