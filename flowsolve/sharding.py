@@ -24,7 +24,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from ._checks import check_count, check_type, describe
-from ._types import Args
 
 __all__ = ["Layout"]
 
@@ -88,8 +87,8 @@ class Layout(eqx.Module):
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, everywhere), tree)
 
-    def place_batch(self, batch: tuple[PyTree, Args]) -> tuple[PyTree, Args]:
-        """A batch on the devices, divided over the axes `data`.
+    def place_batch(self, batch: PyTree) -> PyTree:
+        """A batch, any pytree of arrays with a leading batch axis, on the devices, divided over the axes `data`.
 
         **Raises:** `ValueError` if the devices do not divide it.
         """

@@ -25,7 +25,7 @@ Gradients are clipped, accumulated over batches and given a schedule by the opti
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -207,8 +207,32 @@ def _edges(path: AbstractPath) -> Float[Array, " edges"]:
     return jnp.concatenate([low[None], inner, high[None]])
 
 
+class _Record(NamedTuple):
+    """What the steps since the last yield measured, kept on the device."""
+
+    losses: Float[Array, " every"]
+    sums: Float[Array, " bins"]
+    counts: Int[Array, " bins"]
+    number: Int[Array, ""]
+
+    def with_step(self, measured: Measured) -> "_Record":
+        losses = self.losses.at[self.number].set(measured.loss.astype(self.losses.dtype))
+        sums, counts = self.sums, self.counts
+        if measured.counts.size:
+            sums = sums + measured.sums.astype(sums.dtype)
+            counts = counts + measured.counts.astype(counts.dtype)
+        return _Record(losses, sums, counts, self.number + 1)
+
+
+@eqx.filter_jit
+def _empty_record(every: int, layout: Layout | None) -> _Record:
+    zeros = jnp.zeros((every,), float), jnp.zeros((_BINS,), float), jnp.zeros((_BINS,), jnp.int32)
+    record = _Record(*zeros, jnp.zeros((), jnp.int32))
+    return record if layout is None else layout.on_all(record)
+
+
 class _Static:
-    """What a compiled step holds besides arrays: hashed once, not at every call."""
+    """What a compiled step holds besides arrays, to be hashed."""
 
     def __init__(self, value: PyTree):
         self.value = value
@@ -221,19 +245,36 @@ class _Static:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Static) and self._key == other._key)
+        return isinstance(other, _Static) and self._key == other._key
 
 
-@partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _compiled_step(arrays: PyTree, batch: tuple[PyTree, Args], setting: PyTree, static: _Static) -> tuple:
-    """The arrays of the state after a step, and what was measured."""
-    rest, setting_rest, layout = static.value
-    loss, optimiser, averages = eqx.combine(setting, setting_rest)
-    state = eqx.combine(arrays, rest)
-    state, measured = train_step(state, batch, loss=loss, optimiser=optimiser, averages=averages)
-    if layout is not None:
-        state, measured = layout.constrain(state), layout.on_all(measured)
-    return eqx.filter(state, eqx.is_array), measured
+@lru_cache(maxsize=64)
+def _compiled_step(static: _Static) -> Callable[[list[Any], list[Any], list[Any]], tuple[list[Array], Scalar]]:
+    """The compiled step from lists of arrays to a list of arrays: what Python flattens at every call costs time.
+
+    The lists are of the state and the record, which is donated, of the batch, and of loss, optimiser and averages.
+    """
+    (carried_structure, carried_rest), batch_structure, (setting_structure, setting_rest), layout = static.value
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(carried: list[Any], batch: list[Any], setting: list[Any]) -> tuple[list[Array], Scalar]:
+        state, record = eqx.combine(jax.tree.unflatten(carried_structure, carried), carried_rest)
+        loss, optimiser, averages = eqx.combine(jax.tree.unflatten(setting_structure, setting), setting_rest)
+        batch = jax.tree.unflatten(batch_structure, batch)
+        state, measured = train_step(state, batch, loss=loss, optimiser=optimiser, averages=averages)
+        record = record.with_step(measured)
+        if layout is not None:
+            state, record, measured = layout.constrain(state), layout.on_all(record), layout.on_all(measured)
+        return jax.tree.leaves(eqx.filter((state, record), eqx.is_array)), measured.loss
+
+    return step
+
+
+def _arrays_and_rest(tree: PyTree) -> tuple[list[Array], tuple[Any, PyTree]]:
+    """The arrays of a tree; their structure, and the tree without them."""
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    leaves, structure = jax.tree.flatten(arrays)
+    return leaves, (structure, rest)
 
 
 @eqx.filter_jit
@@ -326,12 +367,17 @@ def _run(
     tqdm: Callable[..., Any] | None,
 ) -> Iterator[TrainState]:
     """The loop of `fit`. Of all states only that of the loop is donated, and nobody else ever holds its buffers."""
-    good, values = state, []
-    setting, setting_rest = eqx.partition(setting, eqx.is_array)
-    arrays, rest = eqx.partition(_copy(_unmeasured(state)), eqx.is_array)
-    static = _Static((rest, setting_rest, layout))
+    good, unread = state, 0
+    every = min(every, steps)
+
+    def carry(state: TrainState) -> tuple[list[Array], tuple[Any, PyTree]]:
+        """A copy of a state, and an empty record."""
+        return _arrays_and_rest((_copy(_unmeasured(state)), _empty_record(every, layout)))
+
+    carried, carried_rest = carry(state)
+    setting_arrays, setting_rest = _arrays_and_rest(setting)
     begun = int(state.step)
-    shape = None
+    batch_structure, shapes, found, compiled = None, [], "", None
     bar = None if tqdm is None else _ProgressBar(tqdm(total=steps, initial=begun, unit="step", dynamic_ncols=True))
     try:
         for step in range(begun + 1, steps + 1):
@@ -343,29 +389,34 @@ def _run(
                     "flowsolve.data.Batches(data, batch_size=..., key=...), or fewer steps."
                 )
             else:
-                batch = _as_batch(batch, checked=shape is not None)
-                found = describe(batch)
-                shape = found if shape is None else shape
-                if found != shape:
+                batch = _as_batch(batch, checked=compiled is not None)
+                batch_arrays, structure = jax.tree.flatten(batch)
+                if compiled is None:
+                    compiled = _compiled_step(_Static((carried_rest, structure, setting_rest, layout)))
+                    batch_structure, found = structure, describe(batch)
+                    shapes = [(leaf.shape, leaf.dtype) for leaf in batch_arrays]
+                if structure != batch_structure or [(leaf.shape, leaf.dtype) for leaf in batch_arrays] != shapes:
                     problem = (
-                        f"The batch of step {step} is {found}, but those before were {shape}: give every batch the "
-                        "same shapes, as each new one is compiled anew; drop a smaller last one, or pad and mask it."
+                        f"The batch of step {step} is {describe(batch)}, but those before were {found}: give every "
+                        "batch the same shapes, as each new one is compiled anew; drop a smaller last one, or pad and "
+                        "mask it."
                     )
             if problem is None:
-                assert batch is not None
-                batch = batch if layout is None else layout.place_batch(batch)
-                arrays, measured = _compiled_step(arrays, batch, setting, static)
-                values.append(measured)
+                assert compiled is not None
+                batch_arrays = batch_arrays if layout is None else layout.place_batch(batch_arrays)
+                carried, loss = compiled(carried, batch_arrays, setting_arrays)
+                unread += 1
                 if bar is not None:
-                    bar.advance(measured.loss, len(jax.tree.leaves(batch[0])[0]))
+                    bar.advance(loss, shapes[0][0][0])
             done = step - 1 if problem else step
-            if values and (problem or step % every == 0 or step == steps):
+            if unread and (problem or step % every == 0 or step == steps):
+                structure, rest = carried_rest
                 # The only point at which the host waits for the device.
-                good = _finished(eqx.combine(arrays, rest), jax.device_get(values), done, good)
-                values = []
+                good = _finished(*eqx.combine(jax.tree.unflatten(structure, carried), rest), done, good)
+                unread = 0
                 if bar is not None:
                     bar.show(good)
-                arrays = eqx.filter(_copy(_unmeasured(good)), eqx.is_array)
+                carried = carry(good)[0]
                 yield good
             if problem:
                 raise ValueError(problem)
@@ -390,9 +441,10 @@ def _as_batch(batch: Any, *, checked: bool) -> tuple[PyTree, Args]:
     return x, args
 
 
-def _finished(state: TrainState, measured: list[Measured], done: int, good: TrainState) -> TrainState:
+def _finished(state: TrainState, record: _Record, done: int, good: TrainState) -> TrainState:
     """The state to yield after `done` steps, with what was measured since the last; raises unless all is finite."""
-    values, sums, counts = (np.stack(parts).astype(np.float64) for parts in zip(*measured, strict=True))
+    record = jax.device_get(record)
+    values = record.losses[: int(record.number)].astype(np.float64)
     first = done - len(values) + 1
     good_step = int(good.step)
     kept = f"The last good state, after {good_step} steps, is the exception's `state`."
@@ -406,9 +458,8 @@ def _finished(state: TrainState, measured: list[Measured], done: int, good: Trai
         message = f"A parameter is infinite or NaN after step {done}, though the loss was finite. {kept} {advice}"
         raise TrainingDiverged(message, done, good)
     metrics = {"loss": as_scalar(values.mean())}
-    if counts.shape[1]:
-        counts = counts.sum(axis=0)
-        means = np.where(counts > 0, sums.sum(axis=0) / np.maximum(counts, 1), np.nan)
+    if record.counts.any():
+        means = np.where(record.counts > 0, record.sums / np.maximum(record.counts, 1), np.nan)
         metrics |= {"loss_by_t": jnp.asarray(means, metrics["loss"].dtype), "t_edges": _edges(state.flow.path)}
     return eqx.tree_at(lambda s: s.metrics, state, metrics)
 

@@ -358,9 +358,11 @@ def test_yielded_states_and_the_given_flow_stay_valid():
 def test_the_step_donates():
     state = training.init(make_flow(), SGD, key=KEY)
     batch = (jnp.asarray(INPUTS), jnp.asarray(TARGETS))
-    arrays, rest = eqx.partition(state, eqx.is_array)
-    setting, setting_rest = eqx.partition((least_squares, SGD, AVERAGES), eqx.is_array)
-    training._compiled_step(arrays, batch, setting, training._Static((rest, setting_rest, None)))
+    carried, rest = training._arrays_and_rest((state, training._empty_record(1, None)))
+    setting, setting_rest = training._arrays_and_rest((least_squares, SGD, AVERAGES))
+    batch_arrays, structure = jax.tree.flatten(batch)
+    step = training._compiled_step(training._Static((rest, structure, setting_rest, None)))
+    step(carried, batch_arrays, setting)
     assert state.flow.network.weight.is_deleted()
     assert not batch[0].is_deleted()
 
@@ -393,7 +395,7 @@ def test_one_compilation_for_all_steps_and_runs():
 def test_the_host_waits_only_to_yield(monkeypatch):
     fetched = []
     real = jax.device_get
-    monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(len(x)) or real(x))
+    monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(int(x.number)) or real(x))
     list(fit(batch_mean, itertools.repeat(constant(1.0)), steps=10, every=4))
     assert fetched == [4, 4, 2]
 
