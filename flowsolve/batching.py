@@ -86,6 +86,7 @@ class _Batched(eqx.Module):
         num = _count((rows, key))
         over = spreading(self.mesh, self.chunk, self.progress, (self.function, shared))
         out, results = _compiled(self.function, rows, shared, one_key, key, num, over)
+        out = with_automatic_axes(out)
         for result in results:
             out = raise_on_any_failure(result, out, over)
         return out
@@ -165,6 +166,26 @@ def spreading(mesh: Mesh | None, chunk: int | None, progress: bool, shared: PyTr
                 used.update(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
     free = tuple(name for name in found.axis_names if name not in used)
     return Spreading(found, free or tuple(found.axis_names), not used, chunk, progress)
+
+
+def with_automatic_axes(tree: PyTree) -> PyTree:
+    """The same arrays on a mesh with automatic axes, where no mesh is ambient.
+
+    On explicit axes, those of `jax.make_mesh`, an indexed or sorted result would want its sharding named each time.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def relabelled(leaf: Any) -> Any:
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+            return leaf
+        mesh = sharding.mesh
+        assert isinstance(mesh, Mesh) and mesh.devices is not None  # an array's, not that of a trace
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+
+    return jax.tree.map(relabelled, tree)
 
 
 def raise_on_any_failure(result: diffrax.RESULTS, value: PyTree, over: Spreading) -> PyTree:

@@ -119,11 +119,13 @@ class Aux(NamedTuple):
     """What a batch's loss is made of.
 
     - `losses`: the loss of each example, before the mean over them; 0 for one that is masked out;
-    - `t`: the time of each example.
+    - `t`: the time of each example;
+    - `weights`: the weight of each example in that mean, None for equal ones.
     """
 
     losses: Float[Array, " batch"]
     t: Float[Array, " batch"]
+    weights: Float[Array, " batch"] | None = None
 
 
 class Regression(eqx.Module):
@@ -253,8 +255,7 @@ class Regression(eqx.Module):
           Masked elements do not count in an example's mean; an example without elements does not
           count in the batch's.
 
-        **Returns:** the scalar sum_i w_i loss_i / sum_i w_i, 0 if nothing counts, and `Aux(losses,
-        t)`.
+        **Returns:** the scalar sum_i w_i loss_i / sum_i w_i, 0 if nothing counts, and `Aux`.
 
         **Raises:** `ValueError` or `TypeError` for data that is not floating point, batch axes that
         disagree, an empty batch, a missing or wrong key, or noise that depends on the data for a flow whose source
@@ -405,12 +406,12 @@ def _over_batch(
     weights = _example_weights(example_weight, mask, num, losses.dtype)
     total = jnp.sum(weights)
     value = jnp.sum(weights * losses) / jnp.where(total == 0, 1, total)
-    return value, Aux(losses, t)
+    return value, Aux(losses, t, weights)
 
 
 def _where_finite(scale: Scalar, loss: Scalar) -> Scalar:
     # An infinite scale times an error of 0 is NaN; the loss is infinite there.
-    return jnp.where(jnp.isfinite(scale), loss, jnp.inf)
+    return jnp.where(jnp.isinf(scale), jnp.inf, loss)
 
 
 def _mean(

@@ -21,7 +21,7 @@ from ._integrate import check_network, check_saveat, integrate, nan_on_failure, 
 from ._numerics import as_state, state_like
 from ._settings import Settings, draw_prior, noise_path, opaque, settle
 from ._types import Args, Like, PRNGKey, ScalarLike, State
-from .batching import raise_on_any_failure, spread, spreading
+from .batching import raise_on_any_failure, spread, spreading, with_automatic_axes
 from .dynamics import AbstractDynamics
 from .flow import AbstractVelocityFlow
 from .grids import AbstractGrid
@@ -176,6 +176,7 @@ def sample(
     )
     over = spreading(mesh, chunk, progress, flow)
     x, result = _sample(flow, state_like(like), num, key, args, settings, adjoint, max_steps, progress_meter, over)
+    x = with_automatic_axes(x)
     return raise_on_any_failure(result, x, over) if throw else x
 
 

@@ -22,6 +22,7 @@ Gradients are clipped, accumulated over batches and given a schedule by the opti
 `fit` takes the state of an earlier run in place of the flow and goes on with it, to the last bit.
 """
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,8 +60,9 @@ class TrainState(eqx.Module):
     - `step`: the number of steps taken, an int32 scalar;
     - `key`: the key that each step's key is folded from; it does not change;
     - `metrics`: what `fit` measured since the state that it yielded before: "loss", the mean over those steps, NaN
-      before the first. Where the loss gives `losses.Aux`, "loss_by_t", its mean in each of eight bins of the time, NaN
-      in an empty one, and "t_edges", their nine edges: the bins are equally wide in arctan(sigma/alpha).
+      before the first. Where the loss gives `losses.Aux`, "loss_by_t", its mean in each of eight bins of the time, with
+      the weights of the examples, NaN in an empty one, and "t_edges", their nine edges: the bins are equally wide in
+      arctan(sigma/alpha).
     """
 
     flow: AbstractFlow
@@ -84,11 +86,11 @@ class TrainState(eqx.Module):
 
 
 class Measured(NamedTuple):
-    """What a step measures: its loss, and the sum and number of the examples' losses in each bin of the time."""
+    """What a step measures: its loss; the weighted sum of the examples' losses and their weight by bins of the time."""
 
     loss: Scalar
     sums: Float[Array, " bins"]
-    counts: Float[Array, " bins"]
+    weights: Float[Array, " bins"]
 
 
 class TrainingDiverged(FloatingPointError):
@@ -161,7 +163,10 @@ def train_step(
     key = jax.random.fold_in(state.key, state.step)
 
     def value_of(parameters):
-        return loss(eqx.combine(parameters, rest), x, args, key=key)
+        out = loss(eqx.combine(parameters, rest), x, args, key=key)
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"The loss returned {describe(out)}, but wants (value, aux): aux may be None.")
+        return out
 
     (value, aux), gradient = jax.value_and_grad(value_of, has_aux=True)(parameters)
     # Optax promotes dtypes on its own (Adam raises a float to an integer power), which a user may have forbidden.
@@ -187,9 +192,10 @@ def _measured(path: AbstractPath, value: Scalar, aux: Any) -> Measured:
     # The edges are few and increasing: counting those below a time is quicker than a search.
     inner = _edges(path)[1:-1].astype(aux.t.dtype)
     bins = jnp.sum((aux.t[:, None] >= inner[None, :]).astype(jnp.int32), axis=1)
-    member = (bins[:, None] == jnp.arange(_BINS)[None, :]).astype(aux.losses.dtype)
-    # An example that was masked out has the loss 0 and counts as such; an infinite one must not make others NaN.
-    sums = jnp.sum(jnp.where(member > 0, aux.losses[:, None], 0), axis=0)
+    weights = jnp.ones_like(aux.losses) if aux.weights is None else aux.weights
+    member = (bins[:, None] == jnp.arange(_BINS)[None, :]).astype(aux.losses.dtype) * weights[:, None]
+    # An infinite loss must not make NaN of the bins that it is not in.
+    sums = jnp.sum(jnp.where(member > 0, member * aux.losses[:, None], 0), axis=0)
     return Measured(value, sums, jnp.sum(member, axis=0))
 
 
@@ -212,22 +218,22 @@ class _Record(NamedTuple):
 
     losses: Float[Array, " every"]
     sums: Float[Array, " bins"]
-    counts: Int[Array, " bins"]
+    weights: Float[Array, " bins"]
     number: Int[Array, ""]
 
     def with_step(self, measured: Measured) -> "_Record":
         losses = self.losses.at[self.number].set(measured.loss.astype(self.losses.dtype))
-        sums, counts = self.sums, self.counts
-        if measured.counts.size:
+        sums, weights = self.sums, self.weights
+        if measured.weights.size:
             sums = sums + measured.sums.astype(sums.dtype)
-            counts = counts + measured.counts.astype(counts.dtype)
-        return _Record(losses, sums, counts, self.number + 1)
+            weights = weights + measured.weights.astype(weights.dtype)
+        return _Record(losses, sums, weights, self.number + 1)
 
 
 @eqx.filter_jit
 def _empty_record(every: int, layout: Layout | None) -> _Record:
-    zeros = jnp.zeros((every,), float), jnp.zeros((_BINS,), float), jnp.zeros((_BINS,), jnp.int32)
-    record = _Record(*zeros, jnp.zeros((), jnp.int32))
+    bins = jnp.zeros((_BINS,), float)
+    record = _Record(jnp.zeros((every,), float), bins, bins, jnp.zeros((), jnp.int32))
     return record if layout is None else layout.on_all(record)
 
 
@@ -260,8 +266,8 @@ def _compiled_step(static: _Static) -> Callable[[list[Any], list[Any], list[Any]
     def step(carried: list[Any], batch: list[Any], setting: list[Any]) -> tuple[list[Array], Scalar]:
         state, record = eqx.combine(jax.tree.unflatten(carried_structure, carried), carried_rest)
         loss, optimiser, averages = eqx.combine(jax.tree.unflatten(setting_structure, setting), setting_rest)
-        batch = jax.tree.unflatten(batch_structure, batch)
-        state, measured = train_step(state, batch, loss=loss, optimiser=optimiser, averages=averages)
+        x, args = jax.tree.unflatten(batch_structure, batch)
+        state, measured = train_step(state, (x, args), loss=loss, optimiser=optimiser, averages=averages)
         record = record.with_step(measured)
         if layout is not None:
             state, record, measured = layout.constrain(state), layout.on_all(record), layout.on_all(measured)
@@ -324,6 +330,7 @@ def fit(
     """
     steps, every = check_count(steps, "fit got steps"), check_count(every, "fit got every")
     averages = _as_averages(ema)
+    _check_kinds(loss, flow, batches, optimiser, layout)
     if isinstance(flow, TrainState):
         if key is not None:
             raise ValueError("fit got a key for a state that goes on with its own: leave key out.")
@@ -336,6 +343,12 @@ def fit(
             raise ValueError(
                 f"fit got steps = {steps} for a state that has done {int(flow.step)}: steps counts from the beginning."
             )
+        wanted = jax.eval_shape(optimiser.init, eqx.filter(flow.flow, eqx.is_inexact_array))
+        if describe(wanted) != describe(flow.optimiser_state):
+            raise ValueError(
+                "fit got a state of another optimiser than it got now: give the one of the run before, or begin anew "
+                "from the state's flow."
+            )
         state = _copy(flow)
     else:
         state = init(flow, optimiser, key=check_key(key, "training"), averages=len(averages))
@@ -345,7 +358,23 @@ def fit(
     return _run(state, iter(batches), (loss, optimiser, averages), steps, every, layout, tqdm)
 
 
-def _as_averages(ema: ScalarLike | AbstractAverage | Sequence[AbstractAverage] | None) -> tuple[AbstractAverage, ...]:
+def _check_kinds(loss: Any, flow: Any, batches: Any, optimiser: Any, layout: Any) -> None:
+    if isinstance(loss, type) or not callable(loss):
+        given = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
+        raise TypeError(f"loss is {given}, but wants a callable (flow, x, args, key=key), e.g. fs.losses.Regression().")
+    check_type(flow, eqx.Module, "flow", "a fs.Flow, or the state of an earlier run")
+    if not isinstance(optimiser, optax.GradientTransformation | optax.MultiSteps):
+        raise TypeError(f"optimiser is a {type(optimiser).__name__}, but wants Optax's, e.g. optax.adamw(1e-3).")
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, but wants an iterable of batches, e.g. fs.data.Batches(x, "
+            "batch_size=..., key=...)."
+        )
+    if layout is not None:
+        check_type(layout, Layout, "layout", "a fs.sharding.Layout(mesh)")
+
+
+def _as_averages(ema: Any) -> tuple[AbstractAverage, ...]:
     if ema is None:
         return ()
     if isinstance(ema, AbstractAverage):
@@ -354,6 +383,8 @@ def _as_averages(ema: ScalarLike | AbstractAverage | Sequence[AbstractAverage] |
         for average in ema:
             check_type(average, AbstractAverage, "One of ema", "an instance such as fs.averages.PowerFunction(0.05)")
         return tuple(ema)
+    if not isinstance(ema, float | int | np.number | np.ndarray | jax.Array):
+        check_type(ema, AbstractAverage, "ema", "a decay in [0, 1), or an instance such as fs.averages.HalfLife(1e3)")
     return (Constant(ema),)
 
 
@@ -376,53 +407,71 @@ def _run(
 
     carried, carried_rest = carry(state)
     setting_arrays, setting_rest = _arrays_and_rest(setting)
-    begun = int(state.step)
-    batch_structure, shapes, found, compiled = None, [], "", None
+    begun = done = int(state.step)
+    checked = _checked_batches(batches, begun, steps, layout)
+    step = problem = None
     bar = None if tqdm is None else _ProgressBar(tqdm(total=steps, initial=begun, unit="step", dynamic_ncols=True))
     try:
-        for step in range(begun + 1, steps + 1):
-            batch = next(batches, None)
-            problem = None
-            if batch is None:
-                problem = (
-                    f"The batches ended after {step - 1} steps of {steps}: pass an iterable that goes on, such as "
-                    "flowsolve.data.Batches(data, batch_size=..., key=...), or fewer steps."
-                )
+        while done < steps and problem is None:
+            try:
+                batch, structure = next(checked)
+            except Exception as error:
+                # What was trained before is yielded first.
+                problem = error
             else:
-                batch = _as_batch(batch, checked=compiled is not None)
-                batch_arrays, structure = jax.tree.flatten(batch)
-                if compiled is None:
-                    compiled = _compiled_step(_Static((carried_rest, structure, setting_rest, layout)))
-                    batch_structure, found = structure, describe(batch)
-                    shapes = [(leaf.shape, leaf.dtype) for leaf in batch_arrays]
-                if structure != batch_structure or [(leaf.shape, leaf.dtype) for leaf in batch_arrays] != shapes:
-                    problem = (
-                        f"The batch of step {step} is {describe(batch)}, but those before were {found}: give every "
-                        "batch the same shapes, as each new one is compiled anew; drop a smaller last one, or pad and "
-                        "mask it."
-                    )
-            if problem is None:
-                assert compiled is not None
-                batch_arrays = batch_arrays if layout is None else layout.place_batch(batch_arrays)
-                carried, loss = compiled(carried, batch_arrays, setting_arrays)
-                unread += 1
+                if step is None:
+                    step = _compiled_step(_Static((carried_rest, structure, setting_rest, layout)))
+                carried, loss = step(carried, batch, setting_arrays)
+                done, unread = done + 1, unread + 1
                 if bar is not None:
-                    bar.advance(loss, shapes[0][0][0])
-            done = step - 1 if problem else step
-            if unread and (problem or step % every == 0 or step == steps):
-                structure, rest = carried_rest
+                    bar.advance(loss, len(batch[0]))
+            if unread and (problem is not None or done % every == 0 or done == steps):
                 # The only point at which the host waits for the device.
-                good = _finished(*eqx.combine(jax.tree.unflatten(structure, carried), rest), done, good)
+                good = _finished(
+                    *eqx.combine(jax.tree.unflatten(carried_rest[0], carried), carried_rest[1]), done, good
+                )
                 unread = 0
                 if bar is not None:
                     bar.show(good)
                 carried = carry(good)[0]
                 yield good
-            if problem:
-                raise ValueError(problem)
+    except (ValueError, RuntimeError) as error:
+        # What `eqx.error_if` says inside a compiled step comes wrapped in what its callback went through.
+        said = re.search(r"_EquinoxRuntimeError: (.+)", str(error))
+        if said is None:
+            raise
+        raise ValueError(f"{said[1]} This came up after step {int(good.step)}, whose state is good.") from None
     finally:
         if bar is not None:
             bar.close()
+    if problem is not None:
+        raise problem
+
+
+def _checked_batches(
+    batches: Iterator, begun: int, steps: int, layout: Layout | None
+) -> Iterator[tuple[list[Any], Any]]:
+    """The arrays and the structure of each batch, placed; raises if there are too few or they are not alike."""
+    first, described = None, ""
+    for number in range(begun + 1, steps + 1):
+        try:
+            batch = next(batches)
+        except StopIteration:
+            raise ValueError(
+                f"The batches ended after {number - 1} steps of {steps}: pass an iterable that goes on, such as "
+                "flowsolve.data.Batches(data, batch_size=..., key=...), or fewer steps."
+            ) from None
+        batch = _as_batch(batch, checked=first is not None)
+        leaves, structure = jax.tree.flatten(batch)
+        kind = structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+        if first is None:
+            first, described = kind, describe(batch)
+        elif kind != first:
+            raise ValueError(
+                f"The batch of step {number} is {describe(batch)}, but those before were {described}: give every batch "
+                "the same shapes, as each new one is compiled anew; drop a smaller last one, or pad and mask it."
+            )
+        yield leaves if layout is None else layout.place_batch(leaves), structure
 
 
 def _unmeasured(state: TrainState) -> TrainState:
@@ -448,7 +497,10 @@ def _finished(state: TrainState, record: _Record, done: int, good: TrainState) -
     first = done - len(values) + 1
     good_step = int(good.step)
     kept = f"The last good state, after {good_step} steps, is the exception's `state`."
-    advice = "Lower the learning rate, clip gradients (optax.clip_by_global_norm), or look for NaN in the batches."
+    advice = (
+        "Lower the learning rate, clip gradients (optax.clip_by_global_norm), or look in the batches for NaN, labels "
+        "out of range and negative weights."
+    )
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         step = first + int(bad[0])
@@ -458,8 +510,9 @@ def _finished(state: TrainState, record: _Record, done: int, good: TrainState) -
         message = f"A parameter is infinite or NaN after step {done}, though the loss was finite. {kept} {advice}"
         raise TrainingDiverged(message, done, good)
     metrics = {"loss": as_scalar(values.mean())}
-    if record.counts.any():
-        means = np.where(record.counts > 0, record.sums / np.maximum(record.counts, 1), np.nan)
+    if record.weights.any():
+        counted = record.weights > 0
+        means = np.where(counted, record.sums / np.where(counted, record.weights, 1), np.nan)
         metrics |= {"loss_by_t": jnp.asarray(means, metrics["loss"].dtype), "t_edges": _edges(state.flow.path)}
     return eqx.tree_at(lambda s: s.metrics, state, metrics)
 

@@ -76,6 +76,8 @@ def test_samples_are_bitwise_those_of_one_device(name, how, kind, alone):
     mesh = mesh_of(shape, kind)
     x = fs.sample(FLOW, LIKE, num=NUM, key=KEY, args=LABELS, mesh=mesh, chunk=chunk, **SETTINGS[name])
     np.testing.assert_array_equal(x, alone[name])
+    # Usable as any array is, also where the mesh has explicit axes.
+    np.testing.assert_array_equal(jnp.sort(x[jnp.arange(3)], axis=0), np.sort(alone[name][:3], axis=0))
 
 
 @pytest.mark.parametrize("jit", [False, True])

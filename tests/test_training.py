@@ -1,5 +1,6 @@
 """The training loop: converges to known optima, deterministic, and what it yields stays good."""
 
+import inspect
 import itertools
 import sys
 
@@ -439,6 +440,82 @@ def test_batches_that_end_early():
             states.append(state)
     assert [int(state.step) for state in states] == [3, 5]
     assert float(states[-1].metrics["loss"]) == 4.5
+
+
+def test_a_loader_that_fails_loses_nothing():
+    def loader():
+        yield from map(constant, range(1, 6))
+        raise OSError("the disk is gone")
+
+    states = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for state in fit(batch_mean, loader(), steps=9, every=3):
+            states.append(state)
+    assert [int(state.step) for state in states] == [3, 5]
+
+
+def test_what_a_compiled_loss_refuses_is_one_sentence():
+    def weighted(flow, x, args, *, key):
+        return losses.Regression()(flow, x, example_weight=args, key=key)
+
+    batches = [(INPUTS, np.full(BATCH, 1.0 if step < 4 else -1.0, np.float32)) for step in range(6)]
+    states = []
+    with pytest.raises(ValueError, match=r"^example_weight has a negative number[^\n]*after step 3") as caught:
+        for state in fit(weighted, batches, steps=6, every=3):
+            states.append(state)
+    assert int(states[-1].step) == 3 and len(str(caught.value)) < 200
+
+
+def test_loss_by_t_is_that_of_the_examples_that_count():
+    def masked(flow, x, args, *, key):
+        return losses.Regression()(flow, x, mask=args, key=key)
+
+    mask = np.arange(BATCH) < 3
+    state = next(fit(masked, [(INPUTS, mask)], steps=1, every=1))
+    _, aux = losses.Regression()(make_flow(), jnp.asarray(INPUTS), key=jax.random.fold_in(KEY, 0))
+    edges = np.asarray(state.metrics["t_edges"])
+    bins = np.searchsorted(edges[1:-1], aux.t[:3], side="right")
+    for number in range(8):
+        inside = np.asarray(aux.losses[:3])[bins == number]
+        if not inside.size:
+            assert np.isnan(state.metrics["loss_by_t"][number])
+            continue
+        np.testing.assert_allclose(state.metrics["loss_by_t"][number], inside.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batches": 3}, "batches is a int"),
+        ({"optimiser": 1e-3}, "optimiser is a float"),
+        ({"optimiser": optax.adam}, "optimiser is a function"),
+        ({"layout": 3}, "layout is a int"),
+        ({"loss": losses.Regression}, "loss is the class Regression"),
+        ({"loss": lambda flow, x, args, key: jnp.sum(x)}, r"The loss returned float32\[\], but wants \(value, aux\)"),
+        ({"ema": Constant}, "ema is the class Constant"),
+        ({"flow": None}, "flow is a NoneType"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_kind_is_named(given, message):
+    settings = {
+        "loss": batch_mean,
+        "flow": make_flow(),
+        "batches": [constant(1.0)],
+        "optimiser": SGD,
+        "ema": 0.9,
+        "layout": None,
+    } | given
+    arguments = [settings.pop(name) for name in ("loss", "flow", "batches", "optimiser")]
+    with pytest.raises(TypeError, match=message):
+        # Without the tests' own check of annotations, which a user does not have.
+        list(inspect.unwrap(training.fit)(*arguments, steps=1, key=KEY, progress=False, **settings))
+
+
+def test_a_state_of_another_optimiser_is_named():
+    state = training.init(make_flow(), optax.adam(1e-3), key=KEY)
+    with pytest.raises(ValueError, match="a state of another optimiser"):
+        training.fit(batch_mean, state, [constant(1.0)], SGD, steps=1, progress=False)
     with pytest.raises(ValueError, match="ended after 0 steps"):
         list(fit(batch_mean, [], steps=1))
 
