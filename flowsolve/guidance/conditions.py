@@ -6,7 +6,7 @@ Scale s = 0 is unconditional and s = 1 conditional, to the last bit; others writ
 be 1, or 0, before anything is traced, one evaluation is made instead of two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -180,7 +180,7 @@ class Composed(AbstractWrapper):
     def __init__(
         self,
         flow: AbstractFlow,
-        scales: Real[Array | np.ndarray, "..."] | list[float] | tuple[float, ...],
+        scales: Real[Array | np.ndarray, "..."] | Sequence[ScalarLike],
         null: Args,
         *,
         batched: bool = True,
