@@ -1,6 +1,8 @@
 """Training on a mesh: the same numbers, and each device keeps its part."""
 
 import itertools
+import re
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -14,6 +16,7 @@ from flowsolve import losses, nn, paths, predictions, training
 from flowsolve.data import Batches
 from flowsolve.flow import Flow
 from flowsolve.sharding import Layout
+from test_multihost import run
 
 KEY = jax.random.key(0)
 LIKE = jax.ShapeDtypeStruct((6,), jnp.float32)
@@ -146,3 +149,13 @@ def test_errors():
         Layout(mesh(4), parameters="rows")
     with pytest.raises(ValueError, match="does not divide over the 4 devices"):
         Layout(mesh(4)).place_batch((jnp.zeros((6, 2)), None))
+
+
+@pytest.mark.slow
+def test_devices_of_two_processes_give_the_losses_of_one():
+    """On eight devices and for 200 steps by hand: `python tests/sharded_losses.py`."""
+    (text,) = run((Path(__file__).with_name("sharded_losses.py"), "--devices", "4", "--steps", "10"))
+    rows = re.findall(r"(.+): ([\d.]+) of the bytes on a device; losses of 10 steps within ([\d.e+-]+)", text)
+    assert [name for name, _, _ in rows] == ["one device", "4 devices", "4 devices in 2 processes"], text
+    assert all(float(share) <= 1.03 / 4 for _, share, _ in rows[1:]), text
+    assert all(float(apart) < 1e-5 for _, _, apart in rows), text
