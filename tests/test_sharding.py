@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from test_multihost import run
 
 from flowsolve import losses, nn, paths, predictions, training
 from flowsolve.data import Batches
 from flowsolve.flow import Flow
 from flowsolve.sharding import Layout
-from test_multihost import run
 
 KEY = jax.random.key(0)
 LIKE = jax.ShapeDtypeStruct((6,), jnp.float32)
