@@ -2,7 +2,8 @@ r"""Batches of a data set in memory, whose n-th batch is a function of a key and
 
 Epoch e visits the examples in the order of a permutation drawn from the key folded with e, batch after batch; those
 that do not fill a last batch are left out of that epoch, others in each. So a position is one number, the batches
-taken, and a run that is resumed gets the batches it would have had.
+taken, beside what it counts: of a key, a batch size and a number of examples. A run that is resumed gets the batches it
+would have had, or an error where these are others.
 
     batches = fs.data.Batches(x, labels, batch_size=256, key=jax.random.key(0))
     for state in fs.training.fit(loss, flow, batches, optimiser, steps=2_000, key=key):
@@ -42,8 +43,9 @@ class Resumable(Protocol):
 
 
 class _AbstractCounted(abc.ABC):
-    """An endless iterator whose position is the number of batches taken."""
+    """An endless iterator whose position is the number of batches taken, of a sequence that the rest of it names."""
 
+    _sequence: dict[str, str | int]
     _taken: int = 0
 
     def __iter__(self) -> Iterator[PyTree]:
@@ -53,20 +55,37 @@ class _AbstractCounted(abc.ABC):
     def __next__(self) -> PyTree: ...
 
     def get_state(self) -> dict:
-        """The position: the number of batches taken."""
-        return {"taken": self._taken}
+        """The position: the number of batches taken, and what tells this sequence from others."""
+        return {**self._sequence, "taken": self._taken}
 
     def set_state(self, state: dict) -> None:
-        """Go to a position that `get_state` gave."""
-        taken = state.get("taken") if isinstance(state, dict) else state
-        self._taken = check_count(taken, "taken", least=0)
+        """Go to a position that `get_state` gave.
+
+        **Raises:** `ValueError` if it is one in another sequence of batches, naming what differs.
+        """
+        if not isinstance(state, dict):
+            raise ValueError(f"set_state got {type(state).__name__}, but wants a position that get_state gave.")
+        taken = check_count(state.get("taken"), "taken", least=0)
+        there = {name: value for name, value in state.items() if name != "taken"}
+        differing = [
+            f"{name} is {there.get(name, 'nothing')} there, but {self._sequence.get(name, 'nothing')} here"
+            for name in {**self._sequence, **there}
+            if there.get(name) != self._sequence.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"The position is of other batches: {'; '.join(differing)}: make the batches as those were made whose "
+                "position was saved."
+            )
+        self._taken = taken
 
 
 class Batches(_AbstractCounted):
     """Endless batches of a data set in memory, in a new random order each epoch.
 
     An iterator over tuples (x, args) of arrays on the device of the data, args None where there are none. The same key
-    gives the same batches.
+    gives the same batches. A position is one in all batches of the same key, batch size and number of examples, and
+    another number of processes goes on from it; the examples themselves and `transform` are not compared.
 
     **Arguments:** `data`: examples along the leading axis of every leaf, e.g. an array, or `couplings.Pairs`; `args`:
     their labels or the like, any pytree of arrays with the same leading axis, or None; `batch_size`: examples in a
@@ -112,6 +131,12 @@ class Batches(_AbstractCounted):
                 f"Batches got part = {part} for batch_size = {batch_size}, but wants (process, processes) with the "
                 "process below their number and the batch divisible by it."
             )
+        self._sequence = {
+            "kind": "Batches",
+            "key": _key_text(self._key),
+            "batch_size": self._size,
+            "examples": self._count,
+        }
         self._rows = process * self._size // processes, self._size // processes
         self._examples = data, args
         self._transform = transform
@@ -147,11 +172,16 @@ class Draws(_AbstractCounted):
             raise TypeError(f"Draws got a {type(draw).__name__}, but wants a function from a key to a batch.")
         self._draw = draw
         self._key = check_key(key, "Draws")
+        self._sequence = {"kind": "Draws", "key": _key_text(self._key)}
 
     def __next__(self) -> PyTree:
         batch = _drawn(self._draw, self._key, np.asarray(self._taken, np.uint32))
         self._taken += 1
         return batch
+
+
+def _key_text(key: PRNGKey) -> str:
+    return f"{jax.random.key_impl(key)}{np.asarray(jax.random.key_data(key)).tolist()}"
 
 
 @eqx.filter_jit

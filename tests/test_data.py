@@ -1,6 +1,7 @@
 """Batches in memory: permutations, positions, transforms, parts."""
 
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -71,12 +72,40 @@ def test_a_position_is_resumed():
 
     straight = make()
     wanted = [np.asarray(x) for x, _ in itertools.islice(straight, 10)]
-    assert isinstance(straight, Resumable) and straight.get_state() == {"taken": 10}
+    assert isinstance(straight, Resumable) and straight.get_state()["taken"] == 10
     for taken in (0, 2, 3, 7):
         resumed = make()
-        resumed.set_state({"taken": taken})
+        resumed.set_state(straight.get_state() | {"taken": taken})
         for want in wanted[taken:]:
             np.testing.assert_array_equal(next(resumed)[0], want)
+
+
+def test_a_position_of_other_batches_is_refused():
+    """Another key, batch size, number of examples or kind; not another number of processes, which join to the same."""
+    data = np.arange(12, dtype=np.float32)
+
+    def make(data=data, batch_size=4, key=KEY, part=None):
+        return Batches(data, batch_size=batch_size, key=key, part=part)
+
+    whole = make()
+    next(whole)
+    position = json.loads(json.dumps(whole.get_state()))
+    others = {
+        "batch_size is 4 there, but 3 here": make(batch_size=3),
+        "examples is 12 there, but 11 here": make(data[:11]),
+        r"key is \w+\[0, 0\] there, but \w+\[0, 5\] here": make(key=jax.random.key(5)),
+        "key is threefry2x32.* there, but rbg": make(key=jax.random.key(0, impl="rbg")),
+        "kind is Batches there, but Draws here": Draws(lambda key: data, key=KEY),
+    }
+    for message, other in others.items():
+        before = other.get_state()
+        with pytest.raises(ValueError, match=rf"^The position is of other batches: .*{message}.*: make the batches as"):
+            other.set_state(position)
+        assert other.get_state() == before
+    parts = [make(part=(i, 2)) for i in range(2)]
+    for part in parts:
+        part.set_state(position)
+    np.testing.assert_array_equal(np.concatenate([next(part)[0] for part in parts]), next(whole)[0])
 
 
 def test_a_transform_has_its_own_key_each_time():
@@ -123,9 +152,9 @@ def test_draws_are_functions_of_key_and_number():
     first = [np.asarray(x) for x, _ in itertools.islice(draws, 4)]
     assert len(traces) == 1 and len(np.unique(first)) == 12
     np.testing.assert_allclose(first[2], jax.random.normal(jax.random.fold_in(KEY, 2), (3,)), rtol=1e-6)
-    draws.set_state({"taken": 2})
+    draws.set_state(draws.get_state() | {"taken": 2})
     np.testing.assert_array_equal(next(draws)[0], first[2])
-    assert draws.get_state() == {"taken": 3} and isinstance(draws, Resumable)
+    assert draws.get_state()["taken"] == 3 and isinstance(draws, Resumable)
 
 
 def test_bad_data_sets_are_refused():
