@@ -130,6 +130,36 @@ def test_processes_share_the_rows_of_a_batch():
         np.testing.assert_array_equal(np.concatenate([piece[1] for piece in pieces]), args)
 
 
+def test_processes_draw_their_own():
+    """What a transform adds in one process it adds in no other, and so with draws; the rows stay the same."""
+    data = np.arange(0, 800, 100, dtype=np.float32)
+
+    def noise(key, batch):
+        x, args = batch
+        return x + jax.random.uniform(key, x.shape), args
+
+    plain = Batches(data, batch_size=4, key=KEY)
+    augmented = [Batches(data, batch_size=4, key=KEY, transform=noise, part=(i, 2)) for i in range(2)]
+    added = []
+    for _ in range(6):
+        rows = np.concatenate([next(part)[0] for part in augmented])
+        added.append(rows - next(plain)[0])
+    assert np.min(added) > -1e-3 and np.max(added) < 1 + 1e-3
+    assert len(np.unique(added)) == 24
+
+    def draw(key):
+        return jax.random.normal(key, (3,))
+
+    draws = [Draws(draw, key=KEY, part=(i, 2)) for i in range(2)]
+    drawn = [np.asarray(next(part)) for _ in range(4) for part in draws]
+    assert len(np.unique(drawn)) == 24
+    np.testing.assert_array_equal(next(Draws(draw, key=KEY, part=(0, 1))), next(Draws(draw, key=KEY)))
+    draws[1].set_state(draws[1].get_state() | {"taken": 2})
+    np.testing.assert_array_equal(next(draws[1]), drawn[5])
+    with pytest.raises(ValueError, match="processes is 2 there, but 1 here"):
+        Draws(draw, key=KEY).set_state(draws[0].get_state())
+
+
 def test_one_trace_for_all_batches():
     traces = []
 
@@ -163,5 +193,13 @@ def test_bad_data_sets_are_refused():
         Batches(np.ones((0, 2), np.float32), batch_size=1, key=KEY)
     with pytest.raises(ValueError, match=r"part = \(0, 3\) for batch_size = 4"):
         Batches(data, batch_size=4, key=KEY, part=(0, 3))
+    with pytest.raises(ValueError, match=r"part = \(2, 2\), but wants \(process, processes\)"):
+        Batches(data, batch_size=4, key=KEY, part=(2, 2))
+    with pytest.raises(ValueError, match=r"Draws got part = \(-1, 2\), but wants"):
+        Draws(lambda key: data, key=KEY, part=(-1, 2))
+    with pytest.raises(ValueError, match=r"is a number, but Batches wants arrays.*np\.asarray\(data\)\.$"):
+        Batches(data.tolist(), batch_size=2, key=KEY)
+    with pytest.raises(ValueError, match="is a number, but Batches wants arrays"):
+        Batches(data, 3, batch_size=2, key=KEY)
     with pytest.raises(ValueError, match="taken"):
         Batches(data, batch_size=2, key=KEY).set_state({})
