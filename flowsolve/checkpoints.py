@@ -178,7 +178,8 @@ class Checkpoints:
         whatever the number of devices was before; `step`: None, or that of the checkpoint wanted, e.g. `best_step`.
 
         **Raises:** `FileNotFoundError` if there is none; `CorruptCheckpoint` if none, or not that of `step`, is whole;
-        `ValueError` if it does not fit `like`, naming the first difference, or has no position of batches.
+        `ValueError` if it does not fit `like`, naming the first difference, or was saved without batches, or with
+        the position of others.
         """
         check_type(like, TrainState, "like", "a TrainState, as training.init gives it")
         self.wait()

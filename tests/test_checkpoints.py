@@ -117,7 +117,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     with Checkpoints(tmp_path) as saved:
         taken = batches()
         start = saved.resume(training.init(make_flow(), OPTIMISER, key=jax.random.key(6)), taken)
-        assert int(start.step) == 4 and taken.get_state() == {"taken": 4}
+        assert int(start.step) == 4 and taken.get_state()["taken"] == 4
         for state in fit(start, taken, 8):
             saved.save(state, taken)
         assert same(state, wanted)
@@ -506,6 +506,10 @@ def test_what_is_not_there(tmp_path):
         Checkpoints(tmp_path).restore(fresh(), step=3)
     with pytest.raises(ValueError, match="saved without batches"):
         Checkpoints(tmp_path).restore(fresh(), batches())
+    with Checkpoints(tmp_path) as saved:
+        saved.save(state_at(3), batches(key=1))
+    with pytest.raises(ValueError, match=r"position is of other batches: key is \S+ 1\] there, but \S+ 2\] here"):
+        Checkpoints(tmp_path).resume(fresh(), batches(key=2))
     with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
         checkpoints.load(tmp_path / "nowhere", fresh())
 
@@ -578,7 +582,7 @@ with t.Checkpoints(directory) as saved:
         file.write_bytes(file.read_bytes()[:-1])
     other = t.batches()
     found = saved.resume(t.fresh(width=16), other, layout=layout)
-    assert other.get_state() == {"taken": 3} and int(found.step) == 7
+    assert other.get_state()["taken"] == 3 and int(found.step) == 7
     weight = found.flow.network.first
     assert len(weight.addressable_shards) == 2 and weight.addressable_shards[0].data.size == weight.size // 4
     for shard in weight.addressable_shards:
@@ -605,7 +609,7 @@ def test_two_processes(tmp_path):
         saved.restore(fresh(width=16), batches())
     taken = batches()
     found = saved.restore(fresh(width=16), taken, layout=layout(2), step=7)
-    assert bits(found) == bits(state_at(7, state=fresh(width=16))) and taken.get_state() == {"taken": 3}
+    assert bits(found) == bits(state_at(7, state=fresh(width=16))) and taken.get_state()["taken"] == 3
 
 
 # --- kill -9 ---------------------------------------------------------------------------------------------
