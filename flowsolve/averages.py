@@ -33,39 +33,50 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._checks import check_positive, describe, is_concrete
+from ._checks import check_count, check_positive, describe, is_concrete
 from ._numerics import as_scalar, optional_scalar
-from ._types import Scalar
+from ._types import Scalar, ScalarLike
 
 __all__ = ["AbstractAverage", "Constant", "HalfLife", "PowerFunction", "Snapshot", "reconstruct"]
 
 
 class AbstractAverage(eqx.Module):
-    """A moving average of a flow's parameters, given by its decays beta_n."""
+    """A moving average of a flow's parameters, given by the weights 1 - beta_n of what is new."""
 
     @abc.abstractmethod
+    def fresh(self, step: Int[Array, ""]) -> Scalar:
+        """1 - beta_n, the weight of the parameters after step n = 1, 2, ...
+
+        It and not the decay, which float32 rounds to a multiple of 6e-8: a large part of the rest at long averages.
+        """
+
     def decay(self, step: Int[Array, ""]) -> Scalar:
-        """beta_n, the weight of the average before step n = 1, 2, ..."""
+        """beta_n, the weight of the average before step n."""
+        return 1 - self.fresh(step)
 
     def updated(self, average: PyTree, parameters: PyTree, step: Int[Array, ""]) -> PyTree:
         """The average after step n, from that before it and the parameters after it."""
-        fresh = 1 - self.decay(step)
+        fresh = self.fresh(step)
         # In this form the average of a constant is the constant to the last bit.
         return jax.tree.map(lambda old, new: old + fresh.astype(old.dtype) * (new - old), average, parameters)
 
 
 class Constant(AbstractAverage):
-    """The exponential average of one decay d in [0, 1); its start keeps the weight d^n."""
+    """The exponential average of one decay d in [0, 1); its start keeps the weight d^n.
 
-    d: Scalar = eqx.field(converter=as_scalar)
+    **Arguments:** `d`: the decay; kept as `rest`, 1 - d, which is taken before anything is rounded to float32.
+    """
 
-    def __check_init__(self):
-        if is_concrete(self.d) and not 0 <= float(self.d) < 1:
-            raise ValueError(f"A moving average got the decay {float(self.d):g}, but wants 0 <= decay < 1.")
+    rest: Scalar
 
-    def decay(self, step: Int[Array, ""]) -> Scalar:
+    def __init__(self, d: ScalarLike):
+        if is_concrete(d) and not 0 <= float(d) < 1:
+            raise ValueError(f"A moving average got the decay {float(d):g}, but wants 0 <= decay < 1.")
+        self.rest = as_scalar(1 - d)
+
+    def fresh(self, step: Int[Array, ""]) -> Scalar:
         del step
-        return self.d
+        return self.rest
 
 
 class HalfLife(AbstractAverage):
@@ -85,11 +96,11 @@ class HalfLife(AbstractAverage):
         if self.ramp_up is not None:
             check_positive(self, "ramp_up")
 
-    def decay(self, step: Int[Array, ""]) -> Scalar:
+    def fresh(self, step: Int[Array, ""]) -> Scalar:
         half_life = self.steps
         if self.ramp_up is not None:
             half_life = jnp.minimum(half_life, self.ramp_up * step.astype(half_life.dtype))
-        return jnp.exp2(-1 / half_life)
+        return -jnp.expm1(-math.log(2) / half_life)
 
 
 class PowerFunction(AbstractAverage):
@@ -107,9 +118,9 @@ class PowerFunction(AbstractAverage):
         self.std = std
         self.gamma = as_scalar(_exponent(std))
 
-    def decay(self, step: Int[Array, ""]) -> Scalar:
-        # (1 - 1/n)^(gamma + 1) without cancelling at large n; at n = 1 the logarithm is -inf and the decay 0.
-        return jnp.exp((self.gamma + 1) * jnp.log1p(-1 / step.astype(self.gamma.dtype)))
+    def fresh(self, step: Int[Array, ""]) -> Scalar:
+        # 1 - (1 - 1/n)^(gamma + 1); at n = 1 the logarithm is -inf and the weight 1.
+        return -jnp.expm1((self.gamma + 1) * jnp.log1p(-1 / step.astype(self.gamma.dtype)))
 
 
 def _exponent(std: float) -> float:
@@ -142,11 +153,11 @@ def reconstruct(snapshots: Sequence[Snapshot], *, std: float, step: int | None =
     squares sense, to that of the wanted average.
 
     **Arguments:** `snapshots`: two or more, best of two widths (0.05 and 0.1) every few percent of training; `std`: the
-    relative width that is wanted; `step`: after which step, that of the last snapshot by default.
+    relative width that is wanted; `step`: after which step, from 1 to that of the last snapshot, which is the default.
 
     **Returns:** parameters, like those of a snapshot, combined in float64 on the host.
 
-    **Raises:** `ValueError` for no snapshots, or trees that differ.
+    **Raises:** `ValueError` for no snapshots, trees that differ, or a step of which the snapshots know nothing.
 
     Source: Karras et al. (2023), arXiv 2312.02696, appendix C. Deviation: the weights sum to 1, so that parameters
     which did not change come out as they are.
@@ -162,7 +173,8 @@ def reconstruct(snapshots: Sequence[Snapshot], *, std: float, step: int | None =
             )
         if snapshot.step < 1:
             raise ValueError(f"reconstruct got a snapshot of step = {snapshot.step}, but wants steps of at least 1.")
-    step = max(snapshot.step for snapshot in snapshots) if step is None else step
+    last = max(snapshot.step for snapshot in snapshots)
+    step = last if step is None else check_count(step, "reconstruct got step", most=last)
     weights = _combination([(_exponent(s.std), s.step) for s in snapshots], (_exponent(std), step))
 
     def combine(*leaves: Array | np.ndarray) -> np.ndarray:

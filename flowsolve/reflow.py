@@ -6,8 +6,8 @@ has straighter paths, on which a few steps go as far as many. How straight they 
 $$\mathrm{curvature} = \frac{E \int |\dot x_t - (x_{t_1} - x_{t_0})/(t_1 - t_0)|^2\, dt}
    {E\, |x_{t_1} - x_{t_0}|^2/(t_1 - t_0)}$$
 
-along the solutions of the probability flow: 0 where every path is straight and run through at one speed, and then one
-step of Euler is exact.
+along the solutions of the probability flow: 0 where every path is straight and run through at one speed, or stands
+still, and then one step of Euler is exact.
 
     pairs = fs.reflow.pairs(flow, like, num=50_000, key=key, chunk=1_000)
     straight = fs.Flow(network, fs.paths.Linear(), fs.predictions.Velocity(), source=fs.sources.CoupledNormal())
@@ -103,7 +103,9 @@ def curvature(
     check_batch(args, num)
     one = eqx.Partial(_squares, like=state_like(like), solver=solver, grid=grid)
     bend, length = batched(one, mesh=mesh, chunk=chunk)(flow, jnp.arange(num), args, key=key)
-    return jnp.mean(bend) / jnp.mean(length)
+    bend, length = jnp.mean(bend), jnp.mean(length)
+    # A flow that stands still is straight; one that comes back to where it was has an infinite curvature.
+    return jnp.where(bend == 0, bend, bend / jnp.where(bend == 0, 1, length))
 
 
 def _squares(

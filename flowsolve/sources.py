@@ -75,6 +75,14 @@ class Source(AbstractSource):
     density: Callable[[State], Scalar] | None = None
     has_score: ClassVar[bool] = False
 
+    def __check_init__(self):
+        for name, value in (("draw", self.draw), ("density", self.draw if self.density is None else self.density)):
+            if not callable(value):
+                raise TypeError(
+                    f"Source got {name} = {value!r}, but wants a function: draw (key, like) -> one example, density "
+                    "example -> ln p in nats."
+                )
+
     def sample(self, key: PRNGKey, like: Like) -> State:
         drawn = self.draw(key, like)
         if describe(drawn) != describe(like):

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._checks import check, check_key, check_positive, is_concrete, known
+from ._checks import check, check_count, check_key, check_positive, check_type, is_concrete, known
 from ._numerics import as_scalar, beta_cdf, beta_logit_quantile, increasing_root, optional_scalar, safe_power
 from ._types import PRNGKey, Scalar, ScalarLike
 from .paths import AbstractPath
@@ -102,10 +102,11 @@ class AbstractTimes(eqx.Module):
 
         **Arguments:** `path`: the path; `key`: one typed key; `num`: the size of the batch, static.
 
-        **Raises:** `ValueError` or `TypeError` for a missing or wrong key, and for bounds outside
+        **Raises:** `ValueError` or `TypeError` for a missing or wrong key, a size below 1, and for bounds outside
         the path.
         """
         key = check_key(key, "a draw of training times")
+        num = check_count(num, "sample of training times got num")
         return jax.vmap(lambda u: self.quantile(path, u))(self.levels(key, num))
 
 
@@ -163,6 +164,11 @@ def _standardised(bound: Scalar, mean: Scalar, std: Scalar) -> Scalar:
     return jnp.where(infinite, bound, (jnp.where(infinite, 0, bound) - mean) / std)
 
 
+def _check_mean(owner: AbstractTimes, mean: Scalar) -> None:
+    if is_concrete(mean) and not math.isfinite(mean):
+        raise ValueError(f"{type(owner).__name__} got mean = {float(mean):g}, but wants it finite.")
+
+
 def _normal_quantile(u: Scalar, mean: Scalar, std: Scalar, lower: Scalar, upper: Scalar) -> Scalar:
     """The u-quantile of N(mean, std^2) conditioned on [lower, upper], either of them infinite."""
     lower, upper = _standardised(lower, mean, std), _standardised(upper, mean, std)
@@ -207,6 +213,7 @@ class LogitNormal(AbstractBoundedTimes):
 
     def __check_init__(self):
         check_positive(self, "std")
+        _check_mean(self, self.mean)
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
@@ -233,6 +240,7 @@ class LogNormal(AbstractBoundedTimes):
 
     def __check_init__(self):
         check_positive(self, "std")
+        _check_mean(self, self.mean)
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
@@ -333,11 +341,16 @@ class Beta(AbstractBoundedTimes):
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
-        # Clipped to where the quantiles end: at an infinite logit there is no derivative in a and b.
-        logits = (jnp.clip(jax.scipy.special.logit(_place_of(path, t)), -80, 80) for t in (low, high))
-        below, above = (beta_cdf(logit, self.a, self.b) for logit in logits)
+        below, above = (self._level(_place_of(path, t)) for t in (low, high))
         logit = beta_logit_quantile(_between(below, above, as_scalar(u)), self.a, self.b)
         return jnp.clip(_time_of(path, jax.nn.sigmoid(logit)), low, high)
+
+    def _level(self, place: Scalar) -> Scalar:
+        """The probability below a place."""
+        # At an infinite logit there is no derivative in a and b, and short of it, for small ones, not all of the law.
+        logit = jnp.clip(jax.scipy.special.logit(place), -80, 80)
+        inside = beta_cdf(logit, self.a, self.b)
+        return jnp.where(place <= 0, 0, jnp.where(place >= 1, 1, inside))
 
 
 class Polynomial(AbstractBoundedTimes):
@@ -414,6 +427,9 @@ class Given(AbstractTimes):
         return _independent(key, num)
 
 
+_AN_INSTANCE = "an instance such as times.Uniform()"
+
+
 class Shifted(AbstractTimes):
     """Another distribution, its times shifted by s' = k s/(1 + (k - 1) s) between the path's ends.
 
@@ -428,6 +444,7 @@ class Shifted(AbstractTimes):
     shift: Scalar = eqx.field(converter=as_scalar)
 
     def __check_init__(self):
+        check_type(self.times, AbstractTimes, "times", _AN_INSTANCE)
         check_positive(self, "shift")
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
@@ -448,6 +465,9 @@ class Stratified(AbstractTimes):
     """
 
     times: AbstractTimes
+
+    def __check_init__(self):
+        check_type(self.times, AbstractTimes, "times", _AN_INSTANCE)
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         return self.times.quantile(path, u)

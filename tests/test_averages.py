@@ -1,5 +1,6 @@
 """Averages after training: any width, from stored averages of two others."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,6 +44,24 @@ def test_the_width_is_that_of_the_weights():
 
 
 @pytest.mark.quick
+def test_weights_of_long_averages():
+    """1 - beta_n to the last digits of float32, where beta_n itself is rounded to 6e-8."""
+    for n in (1, 2, 10**3, 10**5, 10**7):
+        step = jnp.asarray(n)
+        for std in (0.05, 0.2886):
+            average = PowerFunction(std)
+            power = np.float64(average.gamma) + 1
+            wanted = 1.0 if n == 1 else -np.expm1(power * np.log1p(-1 / n))
+            np.testing.assert_allclose(average.fresh(step), wanted, rtol=1e-6)
+        for half_life in (averages.HalfLife(n), averages.HalfLife(1e9, ramp_up=0.5)):
+            h = n if half_life.ramp_up is None else 0.5 * n
+            np.testing.assert_allclose(half_life.fresh(step), -np.expm1(-np.log(2) / h), rtol=1e-6)
+            np.testing.assert_allclose(half_life.decay(step), 2 ** (-1 / h), rtol=1e-6)
+    for d in (0.0, 0.9, 0.9999, 0.999999, 1 - 1e-9):
+        np.testing.assert_allclose(averages.Constant(d).fresh(jnp.asarray(1)), 1 - d, rtol=1e-6)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("std", [0.05, 0.07, 0.1, 0.15])
 @pytest.mark.parametrize("step", [None, STEPS * 3 // 4])
 def test_any_width_is_reconstructed(std, step):
@@ -75,6 +94,8 @@ def test_errors():
         (lambda: reconstruct([], std=0.1), "got no snapshots"),
         (lambda: reconstruct([one, one._replace(parameters={"w": np.ones(3)})], std=0.1), "the parameters of one flow"),
         (lambda: reconstruct([one._replace(step=0)], std=0.1), "step = 0"),
+        (lambda: reconstruct([one], std=0.1, step=0), "step = 0, but wants an integer from 1 to 5"),
+        (lambda: reconstruct([one], std=0.1, step=6), "step = 6, but wants an integer from 1 to 5"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()

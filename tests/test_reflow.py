@@ -54,6 +54,11 @@ def test_curvature_of_a_gaussian_flow():
     np.testing.assert_allclose(found, bend / length, rtol=4 * np.sqrt(2 / 4096 / 3) * 3)
 
 
+def test_a_flow_that_stands_still_is_straight():
+    still = fs.Flow(lambda t, x, args, *, key=None: 0 * x, paths.Linear(), predictions.Velocity())
+    assert reflow.curvature(still, LIKE, num=2, key=KEY, grid=fs.grids.Uniform(2)) == 0
+
+
 def test_a_straight_flow_has_no_curvature():
     """Trained on its own pairs the optimum is the straight line between them: here x_0 = m + s x_1 in closed form."""
 

@@ -298,6 +298,17 @@ def test_polynomial_times_are_the_points_of_the_grid():
     np.testing.assert_allclose(points, quantiles(times.Polynomial(), EDM, jnp.linspace(1, 0, 11)), rtol=2e-5)
 
 
+def test_beta_of_small_exponents():
+    """Beta(a, 1) has the CDF t^a: for a = 0.01 four tenths of it lie below e^-80, and none of them are left out."""
+    u = np.array([0.2, 0.46, 0.5, 0.9, 0.99])
+    t = quantiles(times.Beta(0.01, 1.0), LINEAR, jnp.asarray(u, jnp.float32))
+    np.testing.assert_allclose(t, np.maximum(np.float64(np.float32(u)) ** 100, np.exp(-80)), rtol=1e-3)
+    t = quantiles(times.Beta(1.0, 0.01), LINEAR, jnp.asarray(1 - u, jnp.float32))
+    np.testing.assert_allclose(1 - t, np.float64(1 - np.float32(1 - u)) ** 100, rtol=1e-3, atol=1e-7)
+    t = quantiles(times.Beta(0.01, 1.0, t_max=0.5), LINEAR, jnp.asarray(u, jnp.float32))
+    np.testing.assert_allclose(t, np.maximum(0.5 * np.float64(np.float32(u)) ** 100, np.exp(-80)), rtol=1e-3)
+
+
 def test_new_values_do_not_retrace():
     @eqx.filter_jit
     @eqx.debug.assert_max_traces(max_traces=1)
@@ -361,6 +372,12 @@ def test_errors():
         times.LogitNormal(std=0.0)
     with pytest.raises(ValueError, match="std = -1"):
         times.LogNormal(std=-1.0)
+    for distribution in (times.LogitNormal, times.LogNormal):
+        with pytest.raises(ValueError, match="mean = nan, but wants it finite"):
+            distribution(float("nan"))
+    for num in (0, -2):
+        with pytest.raises(ValueError, match=f"num = {num}, but wants an integer"):
+            times.Uniform().sample(LINEAR, key, num)
     with pytest.raises(ValueError, match="shift = 0"):
         times.Shifted(times.Uniform(), 0.0)
     with pytest.raises(ValueError, match="dim = 0"):
