@@ -298,19 +298,20 @@ class Masked(AbstractFlow):
     eps: State
     keep: PyTree
 
-    def __check_init__(self):
-        check_type(self.flow, AbstractFlow, "flow", "an AbstractFlow such as fs.Flow(network, path, prediction)")
-        if not all(getattr(leaf, "dtype", None) == jnp.bool_ for leaf in jax.tree.leaves(self.keep)):
+    def __init__(self, flow: AbstractFlow, data: State, eps: State, keep: PyTree):
+        check_type(flow, AbstractFlow, "flow", "an AbstractFlow such as fs.Flow(network, path, prediction)")
+        if not all(getattr(leaf, "dtype", None) == jnp.bool_ for leaf in jax.tree.leaves(keep)):
             raise TypeError(
-                f"Masked got keep = {describe(self.keep)}, but wants booleans, True where an element is known: "
+                f"Masked got keep = {describe(keep)}, but wants booleans, True where an element is known: "
                 "compare it with 0."
             )
-        shapes = [jax.tree.map(jnp.shape, part) for part in (self.data, self.eps, self.keep)]
+        shapes = [jax.tree.map(jnp.shape, part) for part in (data, eps, keep)]
         if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
             raise ValueError(
-                f"Masked got data {describe(self.data)}, eps {describe(self.eps)} and keep {describe(self.keep)}, but "
-                "wants the same structure and shapes: broadcast the mask to those of the data."
+                f"Masked got data {describe(data)}, eps {describe(eps)} and keep {describe(keep)}, but wants the same "
+                "structure and shapes: broadcast the mask to those of the data."
             )
+        self.flow, self.data, self.eps, self.keep = flow, data, eps, keep
 
     @property
     def path(self) -> AbstractPath:  # pyright: ignore[reportIncompatibleVariableOverride]
