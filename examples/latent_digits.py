@@ -135,8 +135,8 @@ def main() -> None:
     judged = Split(held_out.images[: size.likelihoods], held_out.labels[: size.likelihoods])
 
     classifier = train_classifier(train, size.classifier_steps, classifier_key)
-    classify = eqx.filter_jit(jax.vmap(lambda image: (classifier.features(image), jnp.argmax(classifier(image)))))
-    real_features, _ = classify(held_out.images)
+    classify = jax.jit(jax.vmap(lambda image: (classifier.features(image), jnp.argmax(classifier(image)))))
+    real_features = np.asarray(classify(held_out.images)[0])
     start = make_model(size, model_key)
     apart, jointly = (train_model(start, train, size, train_key) for train_model in (trained_apart, trained_jointly))
 
@@ -146,7 +146,7 @@ def main() -> None:
     def row(name: str, images: jax.Array, wanted: jax.Array | None, rest: str = "") -> None:
         features, guesses = classify(images)
         accuracy = "" if wanted is None else f"{float(jnp.mean(guesses == wanted)):.3f}"
-        print(f"{name:<32}{frechet_distance(features, real_features):>8.2f}{accuracy:>10}{rest}")
+        print(f"{name:<32}{frechet_distance(np.asarray(features), real_features):>8.2f}{accuracy:>10}{rest}")
 
     print(f"\n{'images':<32}{'Frechet':>8}{'accuracy':>10}{'RMS error':>11}{'bits per pixel':>20}")
     pictures = {}

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import check, check_key, check_positive, check_type, describe, is_concrete, known
+from ._checks import check_key, check_positive, check_type, describe, is_concrete
 from ._numerics import as_scalar, as_state, normal_like, state_like, tree_dot, tree_size
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .flow import AbstractFlow
@@ -74,13 +74,9 @@ class LatentFlow(AbstractFlow):
                 f"LatentFlow got a {type(autoencoder).__name__} without {' and '.join(missing)}, but wants an "
                 "autoencoder with encode(x) -> (mean, log_std), decode(u) -> x and latent, the shape of u."
             )
-        self.flow, self.autoencoder = flow, autoencoder
-        self.shift = shift
-        self.scale = check(
-            scale,
-            ~(known(scale) != 0) | ~jnp.isfinite(known(scale)),
-            f"LatentFlow got scale = {scale}, but wants a finite number, not 0.",
-        )
+        if isinstance(scale, float | int) and not (scale != 0 and math.isfinite(scale)):
+            raise ValueError(f"LatentFlow got scale = {scale}, but wants a finite number, not 0.")
+        self.flow, self.autoencoder, self.shift, self.scale = flow, autoencoder, shift, scale
 
     @property
     def path(self) -> AbstractPath:  # pyright: ignore[reportIncompatibleVariableOverride]
