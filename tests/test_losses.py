@@ -1,6 +1,7 @@
 """Regression losses against the papers' formulas and explicit loops, in numpy and float64."""
 
 import functools
+import itertools
 
 import equinox as eqx
 import jax
@@ -560,6 +561,146 @@ def test_the_optimum_is_the_conditional_mean(name):
         assert np.all(difference.mean(axis=1) > 2 * standard_error), own
 
 
+# --- the null condition, now and then -----------------------------------------------------------------------
+
+
+def test_condition_dropout():
+    """Independent per example, by key and index; all of a condition together; nothing else changes."""
+    num, chance = 4000, 0.3
+    condition = {"label": jnp.arange(num), "context": jnp.tile(jnp.arange(num, dtype=float)[:, None], (1, 2))}
+    null = {"label": jnp.asarray(-1), "context": jnp.full(2, -1.0)}
+
+    def telling(t, x, args, *, key=None):
+        """What it was told, and its input, so that the losses say both."""
+        return jnp.concatenate([x[:1], args["label"].astype(x.dtype)[None], args["context"]])
+
+    flow = fs.Flow(telling, LINEAR, predictions.Noise())
+
+    def seen(key, count, dropout):
+        told = jax.tree.map(lambda leaf: leaf[:count], condition)
+        loss = Regression(noise=lambda key, like: 0 * like, elementwise=lambda e: e, dropout=dropout)
+        masks = jnp.tile(jnp.eye(4, dtype=bool)[:, None], (1, count, 1))
+        return np.array([run(loss, flow, jnp.ones((count, 4)), told, key, None, m)[1].losses for m in masks])
+
+    x, label, first, second = seen(KEY, num, losses.ConditionDropout(chance, null))
+    dropped = label == -1
+    np.testing.assert_array_equal(label, np.where(dropped, -1, np.arange(num)))
+    np.testing.assert_array_equal(first, label)
+    np.testing.assert_array_equal(second, label)
+    assert abs(dropped.mean() - chance) < 4 * np.sqrt(chance * (1 - chance) / num)
+    # Neighbours are independent.
+    together = (dropped[1:] & dropped[:-1]).mean()
+    assert abs(together - chance**2) < 4 * np.sqrt(chance**2 / num)
+    # By key and index: not by the size of the batch; another key, another draw; times and noise are as without.
+    few = seen(KEY, 50, losses.ConditionDropout(chance, null))[1]
+    np.testing.assert_array_equal(few, label[:50])
+    assert np.any((seen(jax.random.key(5), 50, losses.ConditionDropout(chance, null))[1] == -1) != dropped[:50])
+    np.testing.assert_array_equal(seen(KEY, num, None)[0], x)
+    for chance, wanted in [(0.0, np.arange(50)), (1.0, -np.ones(50))]:
+        np.testing.assert_array_equal(seen(KEY, 50, losses.ConditionDropout(chance, null))[1], wanted)
+
+
+# --- the variance beside the output ---------------------------------------------------------------------------
+
+
+class VarianceNet(eqx.Module):
+    net: Net
+    nu: jax.Array
+
+    def __call__(self, t, x, args, *, key=None):
+        return self.net(t, x, args), jax.nn.sigmoid(self.nu * x + t)
+
+
+def gaussian_kl(mean, variance, mean_p, variance_p):
+    return 0.5 * (np.log(variance_p / variance) + (variance + (mean - mean_p) ** 2) / variance_p - 1)
+
+
+def test_hybrid(x64):
+    """L_simple + lambda sum_t KL of 2102.09672, element by element, with DDPM's posterior by its betas."""
+    path = paths.Discrete.linear(8, 0.02, 0.4)
+    betas = np.linspace(0.02, 0.4, 8)
+    abar = np.cumprod(1 - betas)
+    net = VarianceNet(Net(), jnp.asarray([0.5, -1.0, 2.0]))
+    loss = losses.Hybrid(Regression(times=times.Given(fs.grids.ThenClean(fs.grids.Uniform(7))(path))), 0.01)
+    value_of = jax.jit(lambda net, t, x0, eps: loss.one(
+        fs.flow.VarianceFlow(net, path, predictions.Noise()), x0, t=t, noise=eps))  # fmt: skip
+    gradient_of = jax.jit(jax.grad(lambda net, t, x0, eps, weight: losses.Hybrid(loss.simple, weight).one(
+        fs.flow.VarianceFlow(net, path, predictions.Noise()), x0, t=t, noise=eps)))  # fmt: skip
+    x0, eps = pair()
+    for k in range(8):
+        t = (k + 1) / 8
+        x_t = np.sqrt(abar[k]) * x0 + np.sqrt(1 - abar[k]) * eps
+        predicted = net64(net.net, t, x_t)
+        simple = np.mean((predicted - eps) ** 2)
+        bound = 0.0
+        if k > 0:
+            nu = 1 / (1 + np.exp(-(np.float64(net.nu) * x_t + t)))
+            tilde = (1 - abar[k - 1]) / (1 - abar[k]) * betas[k]
+            for i in range(3):
+                # Equations 10 and 11 of the paper, and 15: exp(nu ln beta + (1 - nu) ln beta tilde).
+                posterior = (np.sqrt(abar[k - 1]) * betas[k] / (1 - abar[k]) * x0[i]
+                             + np.sqrt(1 - betas[k]) * (1 - abar[k - 1]) / (1 - abar[k]) * x_t[i])  # fmt: skip
+                mean = (x_t[i] - betas[k] / np.sqrt(1 - abar[k]) * predicted[i]) / np.sqrt(1 - betas[k])
+                variance = np.exp(nu[i] * np.log(betas[k]) + (1 - nu[i]) * np.log(tilde))
+                bound += gaussian_kl(posterior, tilde, mean, variance) / 3
+        arguments = (path.time_of(k), jnp.asarray(x0), jnp.asarray(eps))
+        np.testing.assert_allclose(value_of(net, *arguments), simple + 0.01 * 8 * bound, rtol=1e-9)
+        with_bound, without = (gradient_of(net, *arguments, weight) for weight in (0.01, 0.0))
+        # The bound does not train the mean, through which nu does not go; L_simple does not train nu.
+        np.testing.assert_array_equal(with_bound.net.matrix, without.net.matrix)
+        np.testing.assert_array_equal(with_bound.net.bias, without.net.bias)
+        assert np.all(without.nu == 0) and (np.abs(with_bound.nu).min() > 1e-7) == (k > 0)
+    with pytest.raises(TypeError, match=r"flow is a Flow, but wants a fs.flow.VarianceFlow"):
+        loss(fs.Flow(net.net, path, predictions.Noise()), jnp.ones((2, 3)), key=KEY)
+    for bad, message in [(Regression(), "times of simple is a Uniform"), (losses.squared, "simple is a function")]:
+        with pytest.raises(TypeError, match=message):
+            losses.Hybrid(bad)
+
+
+def test_the_optimal_variance_of_a_gaussian_is_the_exact_one():
+    """The gradient in nu vanishes where v is the variance of x_s given x_t in the solver's step, and not near it."""
+    path, std = paths.Linear(), 0.4
+    grid = np.array([0.9, 0.6, 0.35, 0.15])
+    oracle = fs.testing.Gaussian.isotropic(jnp.asarray([0.3, -0.2]), std)
+    exact = oracle.flow(path, predictions.Velocity())
+
+    def optimum(t, s):
+        """nu at which sigma_t^(2 nu) sigma_s^(2 - 2 nu) (1 - rho^2) is var(x_s|x_t) under the forward process."""
+        rho = (1 - t) * s / ((1 - s) * t)
+        joint = (1 - s) ** 2 * std**2 + s**2, (1 - t) * (1 - s) * std**2 + t * s * rho, (1 - t) ** 2 * std**2 + t**2
+        variance = joint[0] - joint[1] ** 2 / joint[2]
+        return np.log(variance / (s**2 * (1 - rho**2))) / (2 * np.log(t / s))
+
+    best = np.array([optimum(t, s) for t, s in itertools.pairwise(grid)])
+    assert np.all((best > 0) & (best < 1))
+    loss = losses.Hybrid(Regression(times=times.Given(grid)))
+    x0 = jax.vmap(oracle.sample_data)(jax.random.split(KEY, 20_000))
+
+    @jax.jit
+    def slopes(nus):
+        def one(x0, key):
+            step, noise = jax.random.split(key)
+            index = jax.random.randint(step, (), 0, 3)
+            noise = jax.random.normal(noise, x0.shape)
+
+            def of(nus):
+                network = lambda t, x, args, *, key=None: (exact.output(t, x), jnp.full_like(x, nus[index]))  # noqa: E731
+                flow = fs.flow.VarianceFlow(network, path, predictions.Velocity())
+                return loss.one(flow, x0, t=jnp.asarray(grid, jnp.float32)[index], noise=noise)
+
+            return jax.grad(of)(nus)
+
+        return jax.vmap(one)(x0, jax.random.split(jax.random.key(3), len(x0)))
+
+    def in_standard_errors(nus):
+        found = np.float64(slopes(jnp.asarray(nus, jnp.float32)))
+        return found.mean(axis=0) / (found.std(axis=0) / np.sqrt(len(found)))
+
+    print("slopes at the exact variance, in standard errors:", in_standard_errors(best))
+    assert np.all(np.abs(in_standard_errors(best)) < 4)
+    assert np.all(in_standard_errors(best - 0.1) < -10) and np.all(in_standard_errors(best + 0.1) > 10)
+
+
 # --- parts --------------------------------------------------------------------------------------------------
 
 
@@ -672,6 +813,7 @@ def test_errors(untyped):
         {"target": predictions.Velocity},
         {"weight": lambda path, t: t},
         {"coupling": couplings.Assignment},
+        {"dropout": 0.1},
     ):
         with pytest.raises(TypeError, match=f"Regression got {next(iter(bad))}"):
             Regression(**bad)
@@ -681,6 +823,13 @@ def test_errors(untyped):
         (lambda: weights.EDM(0.0), "data_std = 0"),
         (lambda: weights.MinSNR(-1.0), "gamma = -1"),
         (lambda: weights.P2(k=0.0), "k = 0"),
+        (lambda: losses.ConditionDropout(1.5, jnp.asarray(4)), "probability = 1.5"),
+        (lambda: losses.ConditionDropout(0.1, None), "null condition without arrays"),
+        (lambda: losses.Hybrid(Regression(times=times.Given([1.0, 0.5, 0.0])), -1.0), "vlb_weight = -1"),
+        (
+            lambda: Regression(dropout=losses.ConditionDropout(0.1, jnp.asarray(4.0)))(VELOCITY, x0, labels, key=KEY),
+            r"args of one example are int32\[\], but the null of ConditionDropout is float32\[\]",
+        ),
     ]:
         with pytest.raises(ValueError, match=name):
             make()

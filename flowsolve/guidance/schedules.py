@@ -190,7 +190,9 @@ class CFGPlusPlus(eqx.Module):
 
     def __call__(self, path: AbstractPath, t: Scalar) -> Scalar:
         """The scale at time t."""
-        step = jnp.minimum(jnp.sum(self.times[1:] >= t), self.times.size - 2)
+        # A solver's time may have been rounded otherwise than the same point of the grid.
+        starts = self.times[1:] + 1e-3 * (self.times[:-1] - self.times[1:])
+        step = jnp.minimum(jnp.sum(starts >= t), self.times.size - 2)
         kept, fresh = path.noise_split(self.times[step + 1], self.times[step])
         # 1 - rho, which would cancel over a small step.
         return self.scale * (1 + kept) / fresh**2

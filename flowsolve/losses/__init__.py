@@ -1,0 +1,26 @@
+r"""Training losses: pytrees that are called on a flow and a batch.
+
+    value, aux = loss(flow, x0, args, key=key)
+
+`Regression` is flow matching, denoising score matching, DDPM and EDM, by its fields; `Hybrid` trains the variance of
+the ancestral step beside it, `BridgeRegression` the flow of a bridge. The loss of one element's error is `squared`,
+`absolute`, `Huber` or `PseudoHuber`. `ConditionDropout` is the setting that makes a flow ready for guidance.
+"""
+
+from .batch import Aux, ConditionDropout
+from .elementwise import Huber, PseudoHuber, absolute, squared
+from .hybrid import Hybrid
+from .regression import BridgeRegression, NormalNoise, Regression
+
+__all__ = [
+    "Aux",
+    "BridgeRegression",
+    "ConditionDropout",
+    "Huber",
+    "Hybrid",
+    "NormalNoise",
+    "PseudoHuber",
+    "Regression",
+    "absolute",
+    "squared",
+]
