@@ -6,6 +6,7 @@ elements in the order of (channels, p, p). The sizes of transformers on patches 
 
 from typing import NamedTuple
 
+import jax
 from jaxtyping import Array, Float
 
 from .._checks import describe
@@ -40,7 +41,9 @@ def check_size(size: TransformerSize, owner: str) -> None:
         )
 
 
-def check_image(x: Float[Array, "..."], channels: int, patch: int, owner: str) -> tuple[int, int]:
+def check_image(
+    x: Float[Array, "..."] | jax.ShapeDtypeStruct, channels: int, patch: int, owner: str
+) -> tuple[int, int]:
     """The grid of patches, (rows, columns); raise unless x is one image that the patches cover."""
     if x.ndim != 3 or x.shape[0] != channels:
         raise ValueError(
