@@ -4,8 +4,22 @@ Every network here has the signature of the library, `network(t, x, args, *, key
 `jax.vmap`. Nothing else in flowsolve depends on them: any callable of that signature is a network.
 """
 
+from .convolution import Convolution
 from .embeddings import FourierEmbedding, LabelEmbedding, SinusoidalEmbedding
 from .mlp import ResidualMLP
 from .precision import Precision
+from .unet import UNet
+from .vae import MLPVAE, AbstractVAE, ConvolutionalVAE
 
-__all__ = ["FourierEmbedding", "LabelEmbedding", "Precision", "ResidualMLP", "SinusoidalEmbedding"]
+__all__ = [
+    "MLPVAE",
+    "AbstractVAE",
+    "Convolution",
+    "ConvolutionalVAE",
+    "FourierEmbedding",
+    "LabelEmbedding",
+    "Precision",
+    "ResidualMLP",
+    "SinusoidalEmbedding",
+    "UNet",
+]

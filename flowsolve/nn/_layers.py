@@ -26,9 +26,9 @@ def over_tokens(linear: eqx.nn.Linear, tokens: Float[Array, "*tokens inputs"]) -
     return mapped if linear.bias is None else mapped + linear.bias.reshape((1,) * (tokens.ndim - 1) + (-1,))
 
 
-def zeroed(linear: eqx.nn.Linear) -> eqx.nn.Linear:
-    """A linear map with weights and bias zero."""
-    return jax.tree.map(jnp.zeros_like, linear)
+def zeroed(module: _M) -> _M:
+    """A linear map or a convolution with weights and bias zero."""
+    return jax.tree.map(jnp.zeros_like, module)
 
 
 def redrawn(module: _M, initializer: Callable[..., Array], *, key: PRNGKey) -> _M:
