@@ -67,6 +67,15 @@ def stacked(make: Callable[[PRNGKey], _M], depth: int, *, key: PRNGKey) -> _M:
     return eqx.filter_vmap(make)(jax.random.split(key, depth))
 
 
+def held(remat: bool) -> Callable[..., Any]:
+    """What the backward pass holds of a block's forward pass: nothing, or the outputs of linear maps.
+
+    It computes the rest anew, norms, activations and attention: cheaper than to write and read stacks of them.
+    """
+    policies = jax.checkpoint_policies
+    return policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
+
+
 def scan_blocks(
     apply: Callable[[Any, Any, Any, PRNGKey | None], tuple[Any, Any]],
     blocks: eqx.Module,
@@ -75,11 +84,11 @@ def scan_blocks(
     *,
     depth: int,
     key: PRNGKey | None,
-    remat: bool = False,
+    policy: Callable[..., Any] | None = None,
 ) -> tuple[Any, Any]:
     """(carry, out) = apply(block, carry, input, key) from block to block of a stack; the last carry, and the outs.
 
-    With `remat` the backward pass computes each block anew, and holds only what is carried between blocks.
+    The backward pass holds the carries and what `policy` says, everything without one.
     """
     parameters, static = eqx.partition(blocks, eqx.is_array)
     keys = None if key is None else jax.random.split(key, depth)
@@ -88,4 +97,7 @@ def scan_blocks(
         one, given, block_key = scanned
         return apply(eqx.combine(one, static), carry, given, block_key)
 
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, carry, (parameters, inputs, keys))
+    if policy is not None:
+        # Within a scan nothing merges the two passes, so that no barrier need keep them apart.
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.lax.scan(step, carry, (parameters, inputs, keys))

@@ -37,7 +37,7 @@ class Condition(eqx.Module):
         self,
         label: ArrayLike | None = None,
         context: Float[ArrayLike, "... tokens width"] | None = None,
-        mask: Bool[ArrayLike, "... tokens"] | None = None,
+        mask: Bool[ArrayLike, "..."] | None = None,
     ):
         self.label = None if label is None else jnp.asarray(label)
         self.context = None if context is None else jnp.asarray(context)

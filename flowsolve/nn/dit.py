@@ -27,7 +27,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from .._checks import check_count, check_key
 from .._numerics import as_scalar
 from .._types import PRNGKey, Scalar, ScalarLike
-from ._layers import adaptive_norm, layer_norm, over_tokens, redrawn, scan_blocks, stacked, zeroed
+from ._layers import adaptive_norm, held, layer_norm, over_tokens, redrawn, scan_blocks, stacked, zeroed
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
 from .embeddings import LabelEmbedding, SinusoidalEmbedding
@@ -103,7 +103,8 @@ class DiT(eqx.Module):
       in [0, 1] and for the log-ratios that a preconditioner passes;
     - `qk_norm`: whether queries and keys are normalised, see `Attention`;
     - `dropout`: the probability with which elements of an MLP's hidden layer are dropped when there is a key;
-    - `remat`: whether the backward pass computes the blocks anew, and holds only the tokens between them;
+    - `remat`: whether the backward pass holds only the tokens between the blocks; if not, also the outputs of their
+      linear maps. The rest it computes anew;
     - `key`: for the initial parameters.
 
     Called with `t`: a scalar; `x`: one image; `args`: None, an integer label, or a `Condition`; `key`: for dropout,
@@ -203,7 +204,7 @@ class DiT(eqx.Module):
     def __call__(
         self,
         t: ScalarLike,
-        x: Float[Array, "channels height width"],
+        x: Float[Array, "*channels_height_width"],
         args: ArrayLike | Condition | None = None,
         *,
         key: PRNGKey | None = None,
@@ -216,12 +217,12 @@ class DiT(eqx.Module):
     def hidden(
         self,
         t: ScalarLike,
-        x: Float[Array, "channels height width"],
+        x: Float[Array, "*channels_height_width"],
         args: ArrayLike | Condition | None = None,
         *,
         block: int,
         key: PRNGKey | None = None,
-    ) -> tuple[Float[Array, "out_channels height width"], Float[Array, "tokens width"]]:
+    ) -> tuple[Float[Array, "out_channels height width"], Float[Array, "tokens token_width"]]:
         """The output, and from the same evaluation the tokens after the first `block` blocks, from 1 to the depth.
 
         Tokens are in the dtype of the network. Made for an alignment loss: Yu et al. (2024), arXiv 2410.06940.
@@ -238,7 +239,7 @@ class DiT(eqx.Module):
         return finish(h), kept
 
     def _scan(self, step: Callable[..., Any], carry: Any, inputs: Any, key: PRNGKey | None) -> Any:
-        return scan_blocks(step, self.blocks, carry, inputs, depth=self.size.depth, key=key, remat=self.remat)
+        return scan_blocks(step, self.blocks, carry, inputs, depth=self.size.depth, key=key, policy=held(self.remat))
 
     def _parts(self, t: ScalarLike, x: Array, args: object) -> tuple[Array, Callable[..., Array], Callable[..., Array]]:
         """The tokens before the first block, a block's step, and the way from the last tokens to the output."""

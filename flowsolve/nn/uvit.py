@@ -27,7 +27,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from .._checks import check_key, describe
 from .._numerics import as_scalar
 from .._types import PRNGKey, Scalar, ScalarLike
-from ._layers import over_tokens, redrawn, scan_blocks, stacked
+from ._layers import held, over_tokens, redrawn, scan_blocks, stacked
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
 from .embeddings import LabelEmbedding, SinusoidalEmbedding
@@ -88,7 +88,8 @@ class UViT(eqx.Module):
     - `time_embedding`: a callable from t to an array of shape (width of a token,); a `SinusoidalEmbedding` by default,
       made for t in [0, 1] and for the log-ratios that a preconditioner passes;
     - `qk_norm`: whether queries and keys are normalised, see `Attention`;
-    - `remat`: whether the backward pass computes the blocks anew, and holds only the tokens between them;
+    - `remat`: whether the backward pass holds only the tokens between the blocks; if not, also the outputs of their
+      linear maps. The rest it computes anew;
     - `key`: for the initial parameters.
 
     Called with `t`: a scalar; `x`: one image; `args`: None, an integer label, or a `Condition`; `key` is not used:
@@ -206,7 +207,7 @@ class UViT(eqx.Module):
     def __call__(
         self,
         t: ScalarLike,
-        x: Float[Array, "channels height width"],
+        x: Float[Array, "*channels_height_width"],
         args: ArrayLike | Condition | None = None,
         *,
         key: PRNGKey | None = None,
@@ -225,12 +226,13 @@ class UViT(eqx.Module):
             h = block(h, skipped, mask)
             return h, h
 
-        half = (self.size.depth - 1) // 2
-        h, skips = scan_blocks(step, self.down, h, depth=half, key=None, remat=self.remat)
+        def up(block: _Block, h: Array, skipped: Any, key: PRNGKey | None) -> tuple[Array, None]:
+            return step(block, h, skipped, key)[0], None
+
+        half, policy = (self.size.depth - 1) // 2, held(self.remat)
+        h, skips = scan_blocks(step, self.down, h, depth=half, key=None, policy=policy)
         h = self.middle(h, None, mask)
-        h, _ = scan_blocks(
-            lambda *given: (step(*given)[0], None), self.up, h, skips[::-1], depth=half, key=None, remat=self.remat
-        )
+        h, _ = scan_blocks(up, self.up, h, skips[::-1], depth=half, key=None, policy=policy)
         _, height, width = self.shape
         patch = self.size.patch
         rows, columns = height // patch, width // patch
