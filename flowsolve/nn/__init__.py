@@ -1,11 +1,41 @@
-"""Networks for small problems, and the embeddings that larger ones need.
+"""Networks: perceptrons, UNets, transformers and autoencoders, and what they are made of.
 
 Every network here has the signature of the library, `network(t, x, args, *, key=None)` for ONE example; batch it with
 `jax.vmap`. Nothing else in flowsolve depends on them: any callable of that signature is a network.
 """
 
+from .attention import Attention
+from .conditions import Condition
+from .convolution import Convolution
+from .dit import DiT
 from .embeddings import FourierEmbedding, LabelEmbedding, SinusoidalEmbedding
 from .mlp import ResidualMLP
+from .patches import TransformerSize
+from .positions import AbstractPositions, RotaryPositions, SincosPositions
 from .precision import Precision
+from .unet import UNet
+from .uvit import UViT
+from .vae import MLPVAE, AbstractVAE, ConvolutionalVAE
+from .variance import SplitVariance
 
-__all__ = ["FourierEmbedding", "LabelEmbedding", "Precision", "ResidualMLP", "SinusoidalEmbedding"]
+__all__ = [
+    "MLPVAE",
+    "AbstractPositions",
+    "AbstractVAE",
+    "Attention",
+    "Condition",
+    "Convolution",
+    "ConvolutionalVAE",
+    "DiT",
+    "FourierEmbedding",
+    "LabelEmbedding",
+    "Precision",
+    "ResidualMLP",
+    "RotaryPositions",
+    "SincosPositions",
+    "SinusoidalEmbedding",
+    "SplitVariance",
+    "TransformerSize",
+    "UNet",
+    "UViT",
+]

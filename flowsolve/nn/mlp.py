@@ -23,20 +23,10 @@ from jaxtyping import Array, ArrayLike, Float
 from .._checks import check_key, check_state, describe
 from .._numerics import as_scalar, tree_size
 from .._types import Like, PRNGKey, Scalar, ScalarLike, State
+from ._layers import adaptive_norm, scan_blocks, stacked, zeroed
 from .embeddings import LabelEmbedding, SinusoidalEmbedding
 
 __all__ = ["ResidualMLP"]
-
-
-def _zero(linear: eqx.nn.Linear) -> eqx.nn.Linear:
-    """A linear map with weights and bias zero."""
-    return jax.tree.map(jnp.zeros_like, linear)
-
-
-def _adaptive_norm(h: Float[Array, " width"], scale: Array, shift: Array) -> Float[Array, " width"]:
-    """(1 + scale) LN(h) + shift."""
-    norm = eqx.nn.LayerNorm(h.shape, use_weight=False, use_bias=False)
-    return (1 + scale) * norm(h).astype(h.dtype) + shift
 
 
 class _Block(eqx.Module):
@@ -48,13 +38,13 @@ class _Block(eqx.Module):
 
     def __init__(self, width: int, hidden: int, embedding_dim: int, *, key: PRNGKey):
         key_modulation, key_first, key_second = jax.random.split(key, 3)
-        self.modulation = _zero(eqx.nn.Linear(embedding_dim, 3 * width, key=key_modulation))
+        self.modulation = zeroed(eqx.nn.Linear(embedding_dim, 3 * width, key=key_modulation))
         self.first = eqx.nn.Linear(width, hidden, key=key_first)
         self.second = eqx.nn.Linear(hidden, width, key=key_second)
 
     def __call__(self, h: Array, embedding: Array, dropout: float, *, key: PRNGKey | None) -> Array:
         scale, shift, gate = jnp.split(self.modulation(embedding), 3)
-        hidden = jax.nn.silu(self.first(_adaptive_norm(h, scale, shift)))
+        hidden = jax.nn.silu(self.first(adaptive_norm(h, scale, shift)))
         hidden = eqx.nn.Dropout(dropout, inference=key is None)(hidden, key=key)
         return h + gate * self.second(hidden)
 
@@ -123,11 +113,9 @@ class ResidualMLP(eqx.Module):
         )
         self.embed = eqx.nn.MLP(time_dim, embedding_dim, embedding_dim, depth=1, activation=jax.nn.silu, key=key_embed)
         self.first = eqx.nn.Linear(size, width, key=key_first)
-        self.blocks = eqx.filter_vmap(lambda k: _Block(width, hidden, embedding_dim, key=k))(
-            jax.random.split(key_blocks, depth)
-        )
-        self.modulation = _zero(eqx.nn.Linear(embedding_dim, 2 * width, key=key_modulation))
-        self.last = _zero(eqx.nn.Linear(width, size, key=key_last))
+        self.blocks = stacked(lambda k: _Block(width, hidden, embedding_dim, key=k), depth, key=key_blocks)
+        self.modulation = zeroed(eqx.nn.Linear(embedding_dim, 2 * width, key=key_modulation))
+        self.last = zeroed(eqx.nn.Linear(width, size, key=key_last))
         self.dropout = dropout
         self.depth = depth
 
@@ -166,13 +154,10 @@ class ResidualMLP(eqx.Module):
                 f"{self.first.in_features}: batch with jax.vmap."
             )
         embedding = self.embedding(t, args)
-        keys = None if key is None else jax.random.split(key, self.depth)
-        parameters, static = eqx.partition(self.blocks, eqx.is_array)
 
-        def apply(h, inputs):
-            block = eqx.combine(inputs[0], static)
-            return block(h, embedding, self.dropout, key=inputs[1]), None
+        def apply(block: _Block, h: Array, _: None, key: PRNGKey | None) -> tuple[Array, None]:
+            return block(h, embedding, self.dropout, key=key), None
 
-        h, _ = jax.lax.scan(apply, self.first(flat.astype(embedding.dtype)), (parameters, keys))
+        h, _ = scan_blocks(apply, self.blocks, self.first(flat.astype(embedding.dtype)), depth=self.depth, key=key)
         scale, shift = jnp.split(self.modulation(embedding), 2)
-        return unravel(self.last(_adaptive_norm(h, scale, shift)).astype(flat.dtype))
+        return unravel(self.last(adaptive_norm(h, scale, shift)).astype(flat.dtype))
