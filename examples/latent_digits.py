@@ -7,7 +7,15 @@ Needs `pip install "flowsolve[examples]"`. Data, classifier and distances are th
 variational autoencoder takes the 64 pixels to 16 numbers. Its own prior N(0, I) fits them badly; a flow, given the
 label, fits them well, whether it is trained after the autoencoder (apart) or with it (jointly). Expect about:
 
-TABLE
+    images                           Frechet  accuracy  RMS error      bits per pixel
+    apart: held-out, reconstructed      0.75     0.972       1.22
+    decoded from N(0, I)               43.64
+    apart: samples of the flow          2.67     0.995                 2.969 +- 0.051
+    jointly: held-out, reconstructed    1.26     0.983       1.35
+    jointly: samples of the flow        3.60     0.995                 3.101 +- 0.044
+    real, training                      1.56     1.000
+
+(On the pixels themselves the flow of `digits.py` has 2.2 to 2.6, and 2.507 bits.)
 
 Written to `outputs/latent_digits/`: digits.png, for each class two held-out digits with what the autoencoder makes of
 them, and eight samples of the flow.
@@ -19,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -115,7 +124,9 @@ def trained_jointly(model: fs.latent.LatentFlow, train: Split, size: Size, key: 
 def bits_per_pixel(model: fs.latent.LatentFlow, split: Split, key: jax.Array) -> tuple[float, float]:
     """The bound on real images, mean and standard error: an upper bound on the model's bits."""
     noise_key, draw_key = jax.random.split(key)
-    bound = eqx.Partial(fs.latent.likelihood_bound, std=STD)
+    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    density = eqx.Partial(fs.log_prob, solver=diffrax.Tsit5(), controller=controller)
+    bound = eqx.Partial(fs.latent.likelihood_bound, std=STD, density=density)
     values = fs.batched(bound)(model, dequantise(split.images, noise_key), split.labels, key=draw_key)
     bits = np.asarray(fs.bits_per_dim(values, 64, bin_width=2 / LEVELS))
     return bits.mean(), bits.std() / np.sqrt(len(bits))
