@@ -6,12 +6,16 @@ See `checkpoints`, which is for users.
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +38,8 @@ class CorruptCheckpoint(ValueError):
 FILE = "checkpoint.json"
 #: What the name of a directory begins with that is not yet, or no longer, a checkpoint.
 HIDDEN = ".incomplete-"
+#: What Python raises for a file that is not there, or for a directory in its place, or a file in its directory's.
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 #: The two places for arrays in the directory of a checkpoint, so that one can replace another.
 _PLACES = ("a", "b")
 
@@ -138,7 +144,7 @@ def read_content(path: Path) -> dict[str, Any]:
         content = json.loads(text)["content"]
         # The file must be, to the letter, what is written for its content, the digest of which it holds.
         intact = _text(content) == text
-    except FileNotFoundError:
+    except _NO_FILE:
         raise CorruptCheckpoint(f"{path} is corrupt, its {FILE} is missing") from None
     except (ValueError, KeyError, TypeError):
         intact, content = False, {}
@@ -166,7 +172,7 @@ def check_files(path: Path, content: Mapping[str, Any], *, digests: bool = True)
                 if digests and _digest(file) != digest
                 else None
             )
-        except FileNotFoundError:
+        except _NO_FILE:
             problem = "is missing"
         if problem:
             raise CorruptCheckpoint(f"{path} is corrupt, its {content['place']}/{name} {problem}")
@@ -219,8 +225,11 @@ def hidden(path: Path) -> Path:
 
 
 def entries(path: Path) -> list[Path]:
-    """What is in a directory; nothing if there is none."""
-    return list(path.iterdir()) if path.is_dir() else []
+    """What is in a directory; nothing if there is none, and an error if something else is there."""
+    try:
+        return list(path.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def local_path(path: str | os.PathLike) -> Path:
@@ -359,17 +368,38 @@ def import_orbax() -> Any:
 
 @contextlib.contextmanager
 def _orbax_silent() -> Iterator[None]:
-    """What Orbax logs of a failure, with the traceback of each of its threads, is in the one sentence as well."""
+    """What is said of a failure below, with the traceback of each thread, is in the one sentence as well.
+
+    Orbax logs it, and leaves the arrays that it was writing beside the one that failed: TensorStore then reports them
+    to an event loop that is closed, which Python prints, and asyncio logs the errors that nobody asked for.
+    """
+
+    before = sys.unraisablehook
 
     def foreign(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
+        return "orbax" not in f"{record.pathname} {record.getMessage()}"
 
-    logger = logging.getLogger("absl")
-    logger.addFilter(foreign)
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(foreign)
+    sys.unraisablehook = hook
     try:
         yield
+    except Exception as error:
+        # What was under way is abandoned by Orbax: let it end, and be freed, before anybody listens again.
+        time.sleep(0.5)
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        raise
     finally:
-        logger.removeFilter(foreign)
+        for logger in loggers:
+            logger.removeFilter(foreign)
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = before
 
 
 @contextlib.contextmanager
@@ -382,4 +412,4 @@ def one_sentence(what: str, advice: str) -> Iterator[None]:
         code = error.errno if isinstance(error, OSError) else int(stated[1]) if stated else None
         if code is None:
             raise
-        raise OSError(f"{what} ({os.strerror(code)}): {advice}.") from error
+        raise OSError(f"{what} ({os.strerror(code)}): {advice}.") from None

@@ -113,8 +113,12 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, whole or not, in order; one that is being written is not there."""
-        names = (re.fullmatch(r"step-(\d+)", entry.name) for entry in entries(self._directory))
+        """The steps of which there is a checkpoint, whole or not, in order; one that is being written is not there.
+
+        **Raises:** `OSError` if the directory cannot be read, for instance because it is a file.
+        """
+        with one_sentence(f"There are no checkpoints in {self._directory}", "choose another directory"):
+            names = [re.fullmatch(r"step-(\d+)", entry.name) for entry in entries(self._directory)]
         return sorted(int(name[1]) for name in names if name)
 
     @property
@@ -276,7 +280,7 @@ class Checkpoints:
         whole = [step for step in self.steps if self._is_whole(step)]
         best = None if self._best is None else self._best_of(whole)
         kept = {*whole[-self._keep :], best}
-        for step in set(self.steps) - kept:
+        for step in filter(lambda step: self._at(step).is_dir(), set(self.steps) - kept):
             # At once, so that a kill leaves no half of one.
             with contextlib.suppress(OSError):
                 os.rename(self._at(step), hidden(self._at(step)))
