@@ -1,4 +1,4 @@
-"""Arithmetic: linear combinations of pytrees, noise shaped like a state, powers and integrals of scalars."""
+"""Arithmetic: linear combinations of pytrees, noise like a state, distances, powers and integrals of scalars."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -55,8 +55,9 @@ def state_like(like: Like) -> Like:
 
 def safe_sqrt(x: Scalar) -> Scalar:
     """sqrt(x) whose derivative at 0 is 0, not infinite: for coefficients that vanish there together with a factor."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+    # NaN stays NaN.
+    vanishes = x <= 0
+    return jnp.where(vanishes, 0, jnp.sqrt(jnp.where(vanishes, 1, x)))
 
 
 def safe_power(base: Scalar, exponent: Scalar) -> Scalar:
@@ -197,6 +198,43 @@ def tree_dot(a: State, b: State) -> Scalar:
     """The inner product of two states over all their elements."""
     products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
     return jax.tree.reduce(jnp.add, products)
+
+
+def squared_distances(x: Float[Array, " dim"], others: Float[Array, "num dim"]) -> Float[Array, " num"]:
+    """|x - y|^2 for every row y, of their differences.
+
+    A product of matrices, |x|^2 - 2 x.y + |y|^2, would lose what is near in clusters far apart. For many x, `jax.vmap`
+    it.
+    """
+
+    def one(y: Float[Array, " dim"]) -> Scalar:
+        return jax.lax.platform_dependent(x, y, cpu=_by_features, default=_by_pairs)
+
+    if others.shape[0] <= _TILE:
+        return jax.vmap(one)(others)
+    return jax.lax.map(one, others, batch_size=_TILE)
+
+
+#: So many rows at a time, for which the sums of some hundred x stay in a CPU's cache.
+_TILE = 1024
+
+
+def _by_features(x: Float[Array, " dim"], y: Float[Array, " dim"]) -> Scalar:
+    """Feature by feature: over many x and y a loop of long vectors, where XLA makes slow code of the other on a CPU."""
+
+    def add(total: Scalar, pair: tuple[Scalar, Scalar]) -> tuple[Scalar, None]:
+        # A gradient squares again: else it would keep what belongs to every pair and feature.
+        return total + jax.checkpoint(_squared_difference)(*pair), None
+
+    return jax.lax.scan(add, jnp.zeros((), x.dtype), (x, y))[0]
+
+
+def _by_pairs(x: Float[Array, " dim"], y: Float[Array, " dim"]) -> Scalar:
+    return jnp.sum(_squared_difference(x, y))
+
+
+def _squared_difference(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    return (x - y) ** 2
 
 
 def all_finite(tree: State) -> jax.Array:

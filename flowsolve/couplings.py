@@ -16,7 +16,8 @@ With any but the first the noise depends on the data, and a flow has no score: i
     loss = fs.losses.Regression(coupling=fs.couplings.Assignment())
 
 The cost is $c = |x - z|^2$ over all elements of an example, plus $w\, d(y, y')$ of their conditions for
-`WithCondition`, where the noise j is given the condition of example j.
+`WithCondition`, where the noise j is given the condition of example j. For costs that are NaN or infinite a coupling
+raises; in a compiled function, which does not, it gives NaN for noise, so that the loss is NaN and training stops.
 
 Source: Pooladian et al. (2023), arXiv 2304.14772; Tong et al. (2023), arXiv 2302.00482; Cheng & Schwing (2025), arXiv
 2503.10636 (conditions).
@@ -24,6 +25,7 @@ Source: Pooladian et al. (2023), arXiv 2304.14772; Tong et al. (2023), arXiv 230
 
 import abc
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -36,8 +38,8 @@ import optax
 import scipy.optimize
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._checks import check_count, check_key, check_positive, check_state, describe, is_concrete
-from ._numerics import as_scalar, optional_scalar
+from ._checks import check, check_batch, check_count, check_key, check_positive, check_state, describe, is_concrete
+from ._numerics import all_finite, as_scalar, optional_scalar, squared_distances
 from ._types import Args, PRNGKey, Scalar, ScalarLike, State
 from .sources import AbstractSource, Normal
 
@@ -77,7 +79,7 @@ class Pairs(eqx.Module):
 
 
 class AbstractCost(eqx.Module):
-    """The cost of giving a noise to an example."""
+    """The cost of giving a noise to an example, a finite number."""
 
     @abc.abstractmethod
     def matrix(self, data: State, noise: State, args: Args) -> Float[Array, "num num"]:
@@ -89,7 +91,7 @@ class SquaredDistance(AbstractCost):
 
     def matrix(self, data: State, noise: State, args: Args) -> Float[Array, "num num"]:
         del args
-        return _squared_distances(_rows(data), _rows(noise))
+        return _distances(_rows(data), _rows(noise))
 
 
 def mismatch(first: Args, second: Args) -> Scalar:
@@ -121,6 +123,7 @@ class WithCondition(AbstractCost):
     def matrix(self, data: State, noise: State, args: Args) -> Float[Array, "num num"]:
         if not jax.tree.leaves(args):
             raise ValueError("WithCondition got no args, but compares those of the examples: pass them to the loss.")
+        check_batch(args, jax.tree.leaves(data)[0].shape[0])
         apart = jax.vmap(lambda first: jax.vmap(lambda second: self.distance(first, second))(args))(args)
         cost = self.cost.matrix(data, noise, args)
         return cost + (self.weight * apart).astype(cost.dtype)
@@ -138,12 +141,17 @@ class AbstractCoupling(eqx.Module):
 
         **Arguments:** `key`: one typed key; `data`, `noise`: batches of the same size; `args`: the examples'
         conditions, a pytree whose arrays have the same leading axis, or None.
+
+        **Returns:** numbers from 0 to num - 1; num throughout where the costs are not finite.
+
+        **Raises:** `ValueError` for batches that do not go together and, outside of a compiled function, for costs that
+        are not finite.
         """
 
     def __call__(self, key: PRNGKey, data: State, noise: State, args: Args = None) -> State:
-        """The noise in that order: its i-th entry belongs to example i."""
+        """The noise in that order, NaN where there is none: its i-th entry belongs to example i."""
         order = self.order(check_key(key, "a coupling"), data, noise, args)
-        return jax.tree.map(lambda leaf: leaf[order], noise)
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf).at[order].get(mode="fill", fill_value=jnp.nan), noise)
 
 
 class Independent(AbstractCoupling):
@@ -152,8 +160,8 @@ class Independent(AbstractCoupling):
     independent: ClassVar[bool] = True
 
     def order(self, key: PRNGKey, data: State, noise: State, args: Args = None) -> Int[Array, " num"]:
-        del key, noise, args
-        return jnp.arange(jax.tree.leaves(data)[0].shape[0])
+        del key, args
+        return jnp.arange(_check_alike(data, noise))
 
 
 class Assignment(AbstractCoupling):
@@ -171,7 +179,7 @@ class Assignment(AbstractCoupling):
 
     def order(self, key: PRNGKey, data: State, noise: State, args: Args = None) -> Int[Array, " num"]:
         del key
-        return _assignment(jax.lax.stop_gradient(self.cost.matrix(data, noise, args)))
+        return _assignment(jax.lax.stop_gradient(_costs(self.cost, data, noise, args)))
 
 
 class Sinkhorn(AbstractCoupling):
@@ -183,6 +191,10 @@ class Sinkhorn(AbstractCoupling):
     **Arguments:** `epsilon`: > 0, in units of the cost, or None for 0.05 of the batch's mean cost; `replace`: whether a
     noise may be drawn more than once; `cost`: the cost of a pair; `tolerance`: of the plan's marginals, the sum of
     their errors; `iterations`: the most that are taken.
+
+    A small epsilon takes many iterations, and one below about 1e-5 of the largest cost is lost in float32. A plan that
+    misses the tolerance raises, but not in a compiled function such as a step of training: there it is used as it is,
+    with the right rows, and a noise is still used once. So try a batch first: `marginal_error(data, noise)`.
 
     Needs `pip install "flowsolve[ot]"`.
 
@@ -204,20 +216,55 @@ class Sinkhorn(AbstractCoupling):
         check_count(self.iterations, "Sinkhorn got iterations")
 
     def order(self, key: PRNGKey, data: State, noise: State, args: Args = None) -> Int[Array, " num"]:
-        log_plan = self.log_plan(data, noise, args)
-        return (_draw_rows if self.replace else _draw_permutation)(key, jax.lax.stop_gradient(log_plan))
+        log_plan = jax.lax.stop_gradient(self.log_plan(data, noise, args))
+        drawn = (_draw_rows if self.replace else _draw_permutation)(key, log_plan)
+        return jnp.where(jnp.any(jnp.isnan(log_plan)), drawn.size, drawn)
 
     def log_plan(self, data: State, noise: State, args: Args = None) -> Float[Array, "num num"]:
-        """ln of the plan, whose rows and columns sum to 1/num each."""
+        """ln of the plan, whose rows sum to 1/num each; so do its columns, up to `marginal_error`.
+
+        NaN for costs that are not finite.
+
+        **Raises:** `ValueError` as `order`, and outside of a compiled function where the error is above the tolerance.
+        """
+        log_plan = self._solved(data, noise, args)
+        error = _column_error(log_plan)
+        # A little more than what the solver sees, of a plan that is rounded.
+        if is_concrete(error) and is_concrete(self.tolerance) and float(error) > 1.1 * float(self.tolerance):
+            raise ValueError(
+                f"Sinkhorn did not reach its tolerance in iterations = {self.iterations}, the columns of the plan are "
+                f"off by {float(error):.2g} together: give more iterations, or a larger epsilon or tolerance."
+            )
+        return log_plan
+
+    def marginal_error(self, data: State, noise: State, args: Args = None) -> Scalar:
+        r"""$\sum_j \lvert \sum_i P_{ij} - 1/n\rvert$ of the plan, from 0 to 2; it is to be below `tolerance`.
+
+        Also within a compiled function, where nothing raises.
+        """
+        return _column_error(self._solved(data, noise, args))
+
+    def _solved(self, data: State, noise: State, args: Args) -> Float[Array, "num num"]:
         geometry, linear_problem, sinkhorn = _import_ott()
-        cost = self.cost.matrix(data, noise, args)
-        epsilon = 0.05 * jnp.mean(cost) if self.epsilon is None else self.epsilon.astype(cost.dtype)
+        cost = _costs(self.cost, data, noise, args)
+        if self.epsilon is None:
+            # Where all costs are 0 any number gives the plan, in which all pairs are alike.
+            mean = jnp.mean(cost)
+            epsilon = jnp.where(mean == 0, 1, 0.05 * mean)
+        else:
+            epsilon = self.epsilon.astype(cost.dtype)
         # ott-jax promotes dtypes and ranks on its own, which a user may have forbidden.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             problem = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=cost, epsilon=epsilon))
             solve = sinkhorn.Sinkhorn(threshold=self.tolerance.astype(cost.dtype), max_iterations=self.iterations)
             solved = solve(problem)
-        return (solved.f[:, None] + solved.g[None, :] - cost) / epsilon
+        # With its rows made right, which is half an iteration more, the columns are off by no more than they were.
+        log_plan = jax.nn.log_softmax((solved.g[None, :] - cost) / epsilon, axis=1) - math.log(cost.shape[0])
+        return jnp.where(jnp.all(jnp.isfinite(cost)), log_plan, jnp.nan)
+
+
+def _column_error(log_plan: Float[Array, "num num"]) -> Scalar:
+    return jnp.sum(jnp.abs(jnp.sum(jnp.exp(log_plan), axis=0) - 1 / log_plan.shape[0])).astype(float)
 
 
 class Semidiscrete(eqx.Module):
@@ -243,10 +290,11 @@ class Semidiscrete(eqx.Module):
 
     def pairs(self, key: PRNGKey, num: int) -> tuple[Pairs, Args]:
         """`num` pairs and the args of their data: a batch for a loss, e.g. from `data.Draws`."""
+        num = check_count(num, "Semidiscrete.pairs got num")
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self.data)
         keys = jax.random.split(check_key(key, "Semidiscrete.pairs"), (num, 2))
         noise = jax.vmap(lambda key: self.source.sample(key, like))(keys[:, 0])
-        gain = self.potential[None, :] - _squared_distances(_rows(noise), _rows(self.data))
+        gain = self.potential[None, :] - _distances(_rows(noise), _rows(self.data))
         soft = jax.vmap(lambda key, row: jax.random.gumbel(key, row.shape, row.dtype))(keys[:, 1], gain)
         index = jnp.argmax(gain + self.epsilon.astype(gain.dtype) * soft, axis=1)
         data, args = jax.tree.map(lambda leaf: leaf[index], (self.data, self.args))
@@ -272,16 +320,30 @@ def semidiscrete(
 
     **Returns:** the plan.
 
-    **Raises:** `ImportError` without ott-jax; `ValueError` for numbers that make no sense.
+    **Raises:** `ImportError` without ott-jax; `ValueError` for no data, axes that disagree, data that are not finite,
+    or numbers that make no sense.
     """
     pointcloud, problems, solvers = _import_semidiscrete()
     key = check_key(key, "semidiscrete")
     data, args = jax.tree.map(jnp.asarray, (data, args))
     check_state(data, "data")
+    shapes = [leaf.shape for leaf in jax.tree.leaves(data)]
+    if not all(shape and shape[0] == shapes[0][0] > 0 for shape in shapes):
+        raise ValueError(
+            f"semidiscrete got data {describe(data)}, but wants arrays with one leading axis, one entry an example, of "
+            "at least one."
+        )
+    check_batch(args, shapes[0][0])
+    data = check(
+        data, ~all_finite(data), "semidiscrete got data that are NaN or infinite, but wants finite ones: look for them."
+    )
     iterations = check_count(iterations, "semidiscrete got iterations")
     batch_size = check_count(batch_size, "semidiscrete got batch_size")
-    if not epsilon >= 0:
-        raise ValueError(f"semidiscrete got epsilon = {epsilon}, but wants a number >= 0.")
+    if not 0 <= epsilon < np.inf:
+        raise ValueError(f"semidiscrete got epsilon = {epsilon}, but wants a finite number >= 0.")
+    rate = as_scalar(learning_rate)
+    if is_concrete(rate) and not 0 < float(rate) < np.inf:
+        raise ValueError(f"semidiscrete got learning_rate = {float(rate):g}, but wants it positive and finite.")
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), data)
     rows = _rows(data)
 
@@ -292,21 +354,27 @@ def semidiscrete(
     @jax.jit
     def learn(key: PRNGKey, rows: Float[Array, "num dim"], rate: Scalar) -> Float[Array, " num"]:
         scale_key, key = jax.random.split(key)
-        scale = jnp.mean(_squared_distances(sampler(scale_key, (256,)), rows))
+        scale = jnp.mean(_distances(sampler(scale_key, (256,)), rows))
         schedule = optax.cosine_decay_schedule(1.0, iterations)
         optimiser = optax.chain(optax.adam(1.0), optax.scale_by_schedule(schedule), optax.scale(rate * scale))
         # ott-jax promotes dtypes and ranks on its own, which a user may have forbidden.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             problem = problems.SemidiscreteLinearProblem(
-                pointcloud.SemidiscretePointCloud(sampler, rows, epsilon=epsilon)
+                pointcloud.SemidiscretePointCloud(sampler, rows, cost_fn=_PointCloudCost(), epsilon=epsilon)
             )
             solver = solvers.SemidiscreteSolver(
                 num_iterations=iterations, batch_size=batch_size, optimizer=optimiser, error_eval_every=iterations
             )
             return solver(key, problem).g
 
-    potential = learn(key, rows, as_scalar(learning_rate))
-    return Semidiscrete(data, args, source, as_scalar(epsilon), potential)
+    return Semidiscrete(data, args, source, as_scalar(epsilon), learn(key, rows, rate))
+
+
+class _PointCloudCost(eqx.Module):
+    """The squared distance as ott-jax asks for it, whose own is a product of matrices."""
+
+    def all_pairs(self, x: Float[Array, "rows dim"], y: Float[Array, "columns dim"]) -> Float[Array, "rows columns"]:
+        return _distances(x, y)
 
 
 def _draw_rows(key: PRNGKey, log_plan: Float[Array, "num num"]) -> Int[Array, " num"]:
@@ -371,8 +439,10 @@ def _importing_ott(who: str) -> Iterator[None]:
 
 @jax.jit
 def _assignment(cost: Float[Array, "num num"]) -> Int[Array, " num"]:
-    """The column of each row in the assignment of least cost."""
-    return jax.lax.platform_dependent(cost, cpu=_by_scipy, default=_by_optax)
+    """The column of each row in the assignment of least cost; none if a cost is not finite."""
+    finite = jnp.all(jnp.isfinite(cost))
+    columns = jax.lax.platform_dependent(jnp.where(finite, cost, 0), cpu=_by_scipy, default=_by_optax)
+    return jnp.where(finite, columns, columns.size)
 
 
 def _by_scipy(cost: Float[Array, "num num"]) -> Int[Array, " num"]:
@@ -389,10 +459,35 @@ def _by_optax(cost: Float[Array, "num num"]) -> Int[Array, " num"]:
     return jnp.zeros(cost.shape[:1], jnp.int32).at[rows].set(columns.astype(jnp.int32))
 
 
-def _squared_distances(x: Float[Array, "rows dim"], z: Float[Array, "columns dim"]) -> Float[Array, "rows columns"]:
-    product = jnp.matmul(x, z.T, precision=jax.lax.Precision.HIGHEST)
-    squares = jnp.sum(x**2, axis=1)[:, None] + jnp.sum(z**2, axis=1)[None, :]
-    return jnp.maximum(squares - 2 * product, 0)
+def _costs(cost: AbstractCost, data: State, noise: State, args: Args) -> Float[Array, "num num"]:
+    """The costs of batches that go together; where they are known, they must be finite."""
+    _check_alike(data, noise)
+    costs = cost.matrix(data, noise, args)
+    if is_concrete(costs) and not np.all(np.isfinite(costs)):
+        raise ValueError(
+            f"{type(cost).__name__} gave costs that are NaN or infinite, but a coupling wants finite ones: look for "
+            "such numbers in the data and the noise."
+        )
+    return costs
+
+
+def _check_alike(data: State, noise: State) -> int:
+    """The number of examples of two batches; raise if their structures or shapes differ."""
+    shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(batch)] for batch in (data, noise)]
+    if jax.tree.structure(data) != jax.tree.structure(noise) or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"A coupling got data {describe(data)} and noise {describe(noise)}, but wants both of the same structure "
+            "and shapes: one noise an example."
+        )
+    if not shapes[0] or len({shape[:1] for shape in shapes[0]}) != 1 or not shapes[0][0]:
+        raise ValueError(
+            f"A coupling got data {describe(data)}, but wants arrays with one leading axis, one entry an example."
+        )
+    return shapes[0][0][0]
+
+
+def _distances(x: Float[Array, "rows dim"], z: Float[Array, "columns dim"]) -> Float[Array, "rows columns"]:
+    return jax.vmap(lambda row: squared_distances(row, z))(x)
 
 
 def _rows(batch: State) -> Float[Array, "num dim"]:

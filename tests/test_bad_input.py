@@ -400,6 +400,20 @@ CASES = {
         ValueError,
         "order = 0.5, but wants a number of at least 1",
     ),
+    "sliced_order_infinite": (
+        lambda: fs.metrics.sliced_wasserstein(jnp.ones((3, 2)), jnp.ones((3, 2)), key=KEY, order=float("inf")),
+        ValueError,
+        "order = inf, but wants a number of at least 1, and finite",
+    ),
+    "shifted_number": (lambda: fs.times.Shifted(3, 1.0), TypeError, r"times is a int, but wants .*Uniform\(\)"),
+    "times_num": (
+        lambda: fs.times.Uniform().sample(fs.paths.Linear(), KEY, 2.5),
+        ValueError,
+        "num = 2.5, but wants an integer of at least 1",
+    ),
+    "stratified_class": (lambda: fs.times.Stratified(fs.times.Uniform), TypeError, "times is the class Uniform"),
+    "source_number": (lambda: fs.sources.Source(3), TypeError, "draw = 3, but wants a function"),
+    "source_density": (lambda: fs.sources.Source(network, 0), TypeError, "density = 0, but wants a function"),
     "sliced_key": (
         lambda: fs.metrics.sliced_wasserstein(jnp.ones((3, 2)), jnp.ones((3, 2)), key=None),
         ValueError,

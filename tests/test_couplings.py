@@ -12,7 +12,7 @@ import scipy.optimize
 import scipy.stats
 
 import flowsolve as fs
-from flowsolve import couplings, losses, paths, predictions, sources
+from flowsolve import _numerics, couplings, losses, paths, predictions, sources
 from flowsolve.couplings import Assignment, Independent, Pairs, Sinkhorn, SquaredDistance, WithCondition
 
 KEY = jax.random.key(0)
@@ -56,6 +56,43 @@ def test_conditions_cost_their_distance():
     conditions = {"y": jnp.asarray(RNG.normal(size=(4, 2)), float)}
     found = WithCondition(0.5, distance=apart).matrix(x, z, conditions)
     np.testing.assert_allclose(found, distances(x, z) + 0.5 * distances(*2 * [conditions["y"]]), rtol=1e-5)
+
+
+def far(num=32, dim=20):
+    """Both far from the origin; and half of both a long way off, where neighbours stay as near as they were."""
+    rng = np.random.default_rng(1)
+    x, z = rng.normal(size=(2, num, dim))
+    apart = 1e4 * (np.arange(num) % 2)[:, None]
+    return [jnp.asarray([v + 1e4, v + apart], float) for v in (x, z)]
+
+
+def test_distances_far_from_the_origin():
+    """Of float32 points, in float64; and the best assignment, which within a cluster hangs on what a product loses."""
+    x, z = far()
+    orders = eqx.filter_jit(jax.vmap(lambda x, z: Assignment().order(KEY, x, z)))(x, z)
+    matrices = jax.jit(jax.vmap(lambda x, z: SquaredDistance().matrix(x, z, None)))(x, z)
+    for i in range(2):
+        cost = distances(x[i], z[i])
+        np.testing.assert_allclose(matrices[i], cost, rtol=1e-6)
+        best = cost[scipy.optimize.linear_sum_assignment(cost)].sum()
+        np.testing.assert_allclose(cost[np.arange(32), orders[i]].sum(), best, rtol=1e-6)
+
+
+def test_distances_to_many_rows():
+    """More than go at a time, on a CPU and on anything else, with their derivatives."""
+    rng = np.random.default_rng(2)
+    x, others, weights = (jnp.asarray(rng.normal(size=shape), float) for shape in ((3,), (1500, 3), (1500,)))
+    np.testing.assert_allclose(_numerics.squared_distances(x, others), distances(x[None], others)[0], rtol=1e-6)
+
+    def weighted(x, others):
+        return jnp.vdot(weights, _numerics.squared_distances(x, others))
+
+    found = jax.jit(jax.grad(weighted, (0, 1)))(x, others)
+    apart = 2 * np.float64(weights)[:, None] * (np.float64(x)[None] - np.float64(others))
+    np.testing.assert_allclose(found[0], apart.sum(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found[1], -apart, rtol=1e-5, atol=1e-6)
+    for one in (_numerics._by_features, _numerics._by_pairs):
+        np.testing.assert_allclose(one(x, others[0]), distances(x[None], others[:1])[0, 0], rtol=1e-6)
 
 
 # --- exact assignment ------------------------------------------------------------------------------
@@ -114,6 +151,36 @@ def test_plan_equals_the_written_out_iteration(epsilon):
     np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-7)
 
 
+def test_plan_far_from_the_origin():
+    x, z = (v[0, :20, :3] for v in far())
+    found = np.exp(np.float64(eqx.filter_jit(lambda c: c.log_plan(x, z))(Sinkhorn(0.5, tolerance=1e-5))))
+    np.testing.assert_allclose(found, plan64(distances(x, z), 0.5), rtol=2e-3, atol=1e-7)
+
+
+def test_a_plan_that_did_not_converge():
+    """It raises, but where it is compiled; there the rows are right, and the error is that of the columns."""
+    x, z = clouds(20)
+    coupling = Sinkhorn(0.05, iterations=20)
+    with pytest.raises(ValueError, match="did not reach its tolerance in iterations = 20"):
+        coupling.order(KEY, x, z)
+    compiled = eqx.filter_jit(lambda c: (c.order(KEY, x, z), c.log_plan(x, z), c.marginal_error(x, z)))
+    drawn, log_plan, error = compiled(coupling)
+    plan = np.exp(np.float64(log_plan))
+    np.testing.assert_allclose(plan.sum(axis=1), 1 / 20, rtol=1e-5)
+    np.testing.assert_allclose(error, np.abs(plan.sum(axis=0) - 1 / 20).sum(), rtol=1e-4)
+    assert error > 0.01 and sorted(drawn.tolist()) == list(range(20))
+    assert compiled(Sinkhorn(5.0, iterations=20))[2] < 1e-3
+
+
+@pytest.mark.quick
+def test_equal_examples_are_all_alike():
+    """At no cost at all the default epsilon, a share of the mean cost, is 0."""
+    x = jnp.ones((6, 2))
+    log_plan, drawn = eqx.filter_jit(lambda c: (c.log_plan(x, x), c.order(KEY, x, x)))(Sinkhorn())
+    np.testing.assert_allclose(np.exp(log_plan), 1 / 36, rtol=1e-5)
+    assert sorted(drawn.tolist()) == list(range(6))
+
+
 def test_draws_with_replacement_follow_the_plan():
     x, z = clouds(5)
     plan = plan64(distances(x, z), 2.0)
@@ -163,20 +230,25 @@ def test_small_epsilon_is_the_assignment():
 # --- the whole data set --------------------------------------------------------------------------------
 
 
+FAR, POINTS = 1e4, jnp.asarray([-2.0, 0.3, 0.1, 3.0, 0.5])
+
+
 @functools.cache
 def plan(epsilon=0.0):
-    """On a line, from N(0, 1) to five points."""
-    data = {"x": jnp.asarray([[-2.0], [0.3], [0.1], [3.0], [0.5]])}
-    return couplings.semidiscrete(data, jnp.arange(5), key=KEY, epsilon=epsilon, iterations=3000, batch_size=128)
+    """On a line, from N(0, 1) to five points; both far from the origin, where products of matrices are rounded."""
+    source = sources.Source(lambda key, like: jax.tree.map(lambda z: z + FAR, sources.Normal().sample(key, like)))
+    data = {"x": FAR + POINTS[:, None]}
+    options = {"source": source, "epsilon": epsilon, "iterations": 3000, "batch_size": 128}
+    return couplings.semidiscrete(data, jnp.arange(5), key=KEY, **options)
 
 
 def test_semidiscrete_cells_are_quantiles():
     """On a line the i-th point from the left gets the i-th fifth of the source."""
     pairs, labels = eqx.filter_jit(plan().pairs)(jax.random.key(1), 20_000)
-    noise, data = np.asarray(pairs.noise["x"])[:, 0], np.asarray(pairs.data["x"])[:, 0]
-    np.testing.assert_array_equal(data, np.float32([-2.0, 0.3, 0.1, 3.0, 0.5])[labels])
-    wanted = np.sort([-2.0, 0.3, 0.1, 3.0, 0.5])[np.floor(5 * scipy.stats.norm.cdf(noise)).astype(int)]
-    assert np.mean(data == np.float32(wanted)) > 0.97
+    noise = np.asarray(pairs.noise["x"])[:, 0] - FAR
+    np.testing.assert_array_equal(pairs.data["x"][:, 0], (FAR + POINTS)[labels])
+    wanted = np.argsort(POINTS)[np.floor(5 * scipy.stats.norm.cdf(noise)).astype(int)]
+    assert np.mean(labels == wanted) > 0.97
     counts = np.bincount(labels, minlength=5) / len(noise)
     assert np.all(np.abs(counts - 0.2) < 0.01)
     assert abs(noise.mean()) < 4 / np.sqrt(len(noise)) and abs(noise.std() - 1) < 4 / np.sqrt(2 * len(noise))
@@ -187,7 +259,7 @@ def test_semidiscrete_with_entropy_still_draws_all_equally():
     pairs, labels = eqx.filter_jit(soft.pairs)(jax.random.key(1), 20_000)
     assert np.all(np.abs(np.bincount(labels, minlength=5) / len(labels) - 0.2) < 0.015)
     # Noise near a border goes to both sides of it.
-    noise = np.asarray(pairs.noise["x"])[:, 0]
+    noise = np.asarray(pairs.noise["x"])[:, 0] - FAR
     near = np.abs(noise - scipy.stats.norm.ppf(0.2)) < 0.05
     assert len(np.unique(labels[near])) > 2
 
@@ -268,9 +340,39 @@ def test_a_flow_with_a_score_is_refused():
             loss(flow, data, key=KEY)
 
 
+def test_numbers_that_are_not_finite():
+    """A compiled loss is NaN, so that training stops, and says nothing; a call by itself raises."""
+    x, z = clouds(4)
+    for coupling in (Assignment(), Sinkhorn(), Sinkhorn(replace=True)):
+        for bad in (jnp.nan, jnp.inf):
+            with pytest.raises(ValueError, match="SquaredDistance gave costs that are NaN or infinite"):
+                coupling.order(KEY, x.at[1, 0].set(bad), z)
+        # Of the noise alone, so that the loss has it of no other example than through the coupling.
+        _, aux = run(losses.Regression(coupling=coupling), COUPLED, Pairs(x, z.at[1, 0].set(jnp.nan)), None, KEY)
+        assert np.all(np.isnan(aux.losses))
+
+
 @pytest.mark.quick
 def test_errors():
     x, z = clouds(4)
+    for coupling in (Independent(), Assignment(), Sinkhorn()):
+        for wrong in (z[:3], z[:, :2], {"a": z}):
+            with pytest.raises(ValueError, match=r"A coupling got data float32.*both of the same structure"):
+                coupling(KEY, x, wrong)
+    with pytest.raises(ValueError, match="one leading axis"):
+        Assignment().order(KEY, x[0, 0], z[0, 0])
+    with pytest.raises(ValueError, match="leading axis of length 4"):
+        Assignment(WithCondition(1.0)).order(KEY, x, z, jnp.arange(3))
+    for data, options, message in [
+        (x, {"args": jnp.arange(3)}, "leading axis of length 4"),
+        (x.at[0, 0].set(jnp.nan), {}, "data that are NaN"),
+        (x[:0], {}, "at least one"),
+        ((x, z[:3]), {}, "one leading axis"),
+        (x, {"learning_rate": -1.0}, "learning_rate = -1"),
+        (x, {"epsilon": np.inf}, "epsilon = inf"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            couplings.semidiscrete(data, key=KEY, **options)
     with pytest.raises(ValueError, match="WithCondition got no args"):
         Assignment(WithCondition(1.0)).order(KEY, x, z)
     with pytest.raises(ValueError, match="weight = -1"):

@@ -327,6 +327,28 @@ def test_precision_and_recall_by_loops(neighbours, dim):
     assert len({*map(float, values)} - {0.0, 1.0}) >= 3
 
 
+def test_clusters_far_apart():
+    """Half of both a long way off: what is near within a cluster, a product of matrices loses in float32."""
+    a, b = normal(24, 30), normal(24, 30, mean=0.3)
+    a[::2] += 1e4
+    b[::2] += 1e4
+    apart = pairs(a, b, distance)
+    best = (apart**2)[scipy.optimize.linear_sum_assignment(apart**2)].mean()
+    np.testing.assert_allclose(metrics.wasserstein(a, b), np.sqrt(best), rtol=1e-6)
+    expected = unbiased(lambda x, y: np.exp(-(distance(x, y) ** 2) / 128), a, b)
+    np.testing.assert_allclose(metrics.kernel_mmd(a, b, kernel=metrics.Gaussian(8.0)), expected, rtol=1e-3)
+    reach, fake_reach = (np.sort(pairs(rows, rows, distance), axis=1)[:, 2] for rows in (a, b))
+    hits, fake_hits = apart <= reach[:, None], apart <= fake_reach[None]
+    expected = hits.any(axis=0).mean(), fake_hits.any(axis=1).mean(), hits.sum() / 48, hits.any(axis=1).mean()
+    np.testing.assert_allclose(metrics.precision_recall(a, b, neighbours=2), expected, rtol=1e-6)
+    assert len({*expected} - {0.0, 1.0}) >= 3
+
+
+@pytest.mark.quick
+def test_distances_that_overflow_are_no_zero():
+    assert not np.isfinite(metrics.wasserstein(1e25 * A, B))
+
+
 # --- all of them ---------------------------------------------------------------------------------
 
 A, B = normal(12, 3), normal(12, 3, mean=0.5, std=1.5)

@@ -54,18 +54,3 @@ def over_rows(function: Callable[..., _T], rows: PyTree, block: int) -> _T:
     num = jax.tree.leaves(rows)[0].shape[0]
     # A gradient computes each block again: else it would keep what belongs to every pair.
     return jax.lax.map(jax.checkpoint(function), rows, batch_size=min(block, num))
-
-
-def squared_distances(x: Float[Array, " dim"], others: Rows) -> Float[Array, " num"]:
-    """|x - y|^2 for every row y; over a block of x, one product of matrices."""
-    if x.size <= _FEW:
-        return jnp.sum((x[None] - others) ** 2, axis=1)
-    # About the mean, so that little of it cancels.
-    centre = jnp.mean(others, axis=0)
-    x, others = x - centre, others - centre[None]
-    product = jnp.matmul(others, x, precision=jax.lax.Precision.HIGHEST)
-    return jnp.maximum(jnp.sum(others**2, axis=1) - 2 * product + jnp.sum(x**2), 0)
-
-
-#: Up to this dimension differences are squared one by one, which is as fast there and loses no digits of near points.
-_FEW = 16

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from .._checks import check_count, check_type, is_concrete
-from .._numerics import safe_sqrt
+from .._numerics import safe_sqrt, squared_distances
 from .._types import Scalar
-from ._rows import Batch, Rows, over_rows, rows_of, squared_distances
+from ._rows import Batch, Rows, over_rows, rows_of
 
 __all__ = ["AbstractKernel", "Gaussian", "Polynomial", "energy_distance", "kernel_mmd", "median_distance"]
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._checks import check_count
+from .._numerics import squared_distances
 from .._types import Scalar
-from ._rows import Batch, Rows, over_rows, rows_of, squared_distances
+from ._rows import Batch, Rows, over_rows, rows_of
 
 __all__ = ["PrecisionRecall", "precision_recall"]
 

@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._checks import check, check_count, check_key, is_concrete
-from .._numerics import as_scalar, safe_power, safe_sqrt
+from .._numerics import as_scalar, safe_power, safe_sqrt, squared_distances
 from .._types import PRNGKey, Scalar, ScalarLike
 from ..couplings import Assignment
-from ._rows import Batch, Rows, over_rows, rows_of, squared_distances
+from ._rows import Batch, Rows, over_rows, rows_of
 
 __all__ = ["sinkhorn_divergence", "sliced_wasserstein", "wasserstein"]
 
@@ -49,9 +49,8 @@ def wasserstein(a: Batch, b: Batch) -> Scalar:
 
 @eqx.filter_jit
 def _assigned(a: Rows, b: Rows) -> Scalar:
-    a, b = _about_mean(a, b)
     # The key is not used: the assignment is not drawn.
-    b = b[Assignment().order(jax.random.key(0), a, b)]
+    b = Assignment()(jax.random.key(0), a, b)
     return safe_sqrt(jnp.mean(jnp.sum((a - b) ** 2, axis=1)))
 
 
@@ -68,15 +67,16 @@ def sliced_wasserstein(
 
     **Returns:** a scalar in units of the features.
 
-    **Raises:** `ValueError` for batches that do not go together, numbers that are not finite, or an order below 1.
+    **Raises:** `ValueError` for batches that do not go together, numbers that are not finite, or an order below 1 or
+    infinite.
 
     Source: Bonneel et al. (2015), J. Math. Imaging Vis. 51, 22-45.
     """
     key = check_key(key, "sliced_wasserstein")
     projections = check_count(projections, "sliced_wasserstein got projections")
     block = check_count(block, "sliced_wasserstein got block")
-    if not order >= 1:
-        raise ValueError(f"sliced_wasserstein got order = {order!r}, but wants a number of at least 1.")
+    if not 1 <= order < np.inf:
+        raise ValueError(f"sliced_wasserstein got order = {order!r}, but wants a number of at least 1, and finite.")
     rows = rows_of(a, b, "sliced_wasserstein")
     steps = _quantile_steps(rows[0].shape[0], rows[1].shape[0])
     return _sliced(*rows, key, steps, projections, order, block)
@@ -95,7 +95,9 @@ def _quantile_steps(
 
 @eqx.filter_jit
 def _sliced(a: Rows, b: Rows, key: PRNGKey, steps: tuple, projections: int, order: float | int, block: int) -> Scalar:
-    a, b = _about_mean(a, b)
+    # About one mean, so that little of it cancels.
+    centre = jnp.mean(b, axis=0)[None]
+    a, b = a - centre, b - centre
     places_a, places_b, widths = steps
     directions = jax.random.normal(key, (projections, a.shape[1]), a.dtype)
     directions = directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
@@ -145,7 +147,6 @@ def sinkhorn_divergence(
 @eqx.filter_jit
 def _entropic(a: Rows, b: Rows, epsilon: Scalar, tolerance: Scalar, iterations: int) -> tuple[Scalar, Array]:
     geometry, divergences = _import_ott()
-    a, b = _about_mean(a, b)
     costs = [jax.vmap(lambda x, y=y: squared_distances(x, y))(x) for x, y in ((a, b), (a, a), (b, b))]
     known_costs, epsilon = jax.lax.stop_gradient((costs, epsilon.astype(a.dtype)))
     # ott-jax promotes dtypes and ranks on its own, which a user may have forbidden.
@@ -176,9 +177,3 @@ def _import_ott() -> tuple[Any, Any]:
             "wasserstein or sliced_wasserstein."
         ) from error
     return geometry, divergences
-
-
-def _about_mean(a: Rows, b: Rows) -> tuple[Rows, Rows]:
-    """Both moved by the mean of the second, so that squares are of what differs."""
-    centre = jnp.mean(b, axis=0)[None]
-    return a - centre, b - centre
