@@ -5,18 +5,22 @@ The flow's own ancestral chain from t_noise to t_data draws, with $\rho$ the par
 $$x_s \sim N(m, v^2 I), \qquad m = \frac{\sigma_s \rho}{\sigma_t} x_t + \alpha_s (1 - \rho^2) D(x_t), \qquad
 v = \sigma_s \sqrt{1 - \rho^2} .$$
 
-Under a measurement y each particle draws from the chain with the guided data $D + \delta$ of a posterior flow, and is
-weighted by what that changes, with $\psi_t$ the flow's approximation of p(y|x_t):
+Under a measurement y each particle draws from the chain moved by $c\,\delta$, with $\delta$ what a posterior flow adds
+to D and $c = \rho\, \alpha_s (1 - \rho^2)$, and is weighted by what that changes, with $\psi_t$ the flow's
+approximation of p(y|x_t):
 
-$$w_s = w_t\, \frac{N(x_s; m, v^2 I)}{N(x_s; m + \alpha_s (1 - \rho^2) \delta, v^2 I)}\,
-\frac{\psi_s(x_s)}{\psi_t(x_t)}, \qquad \psi = p(y|x_0) \text{ at the end} .$$
+$$w_s = w_t\, \frac{N(x_s; m, v^2 I)}{N(x_s; m + c\, \delta, v^2 I)}\, \frac{\psi_s(x_s)}{\psi_t(x_t)}, \qquad
+\psi = p(y|x_0) \text{ at the end} .$$
 
 Where the weights have become uneven the particles are drawn anew from them. For any guidance the weighted particles
 tend to the exact law of the chain's data given y; the better the guidance, the fewer are needed. The chain's data tends
 to the flow's as the steps get smaller.
 
 Source: Wu et al. (2023), "Practical and asymptotically exact conditional sampling in diffusion models" (the twisted
-diffusion sampler), arXiv 2306.17775.
+diffusion sampler), arXiv 2306.17775. Deviation: there $c = \alpha_s (1 - \rho^2)$. The chain's law of x_s, with D for
+the data, is narrower than the flow's, so that with large steps this moves too far and the weights have no variance; the
+factor rho, which is 1 for small steps, moves by the geometric mean of that and of what would be right where D follows
+x_t entirely. (Six steps on a Gaussian: 0.2% of the particles effective without it, 56% with it.)
 """
 
 import equinox as eqx
@@ -154,18 +158,15 @@ def _sample(
         log_evidence = log_evidence + jnp.where(few, _log_mean(log_weights), 0)
         log_weights = jnp.where(few, 0, log_weights)
 
-        _, sigma_t = path.coefficients(t)
+        alpha_t, sigma_t = path.coefficients(t)
         alpha_s, sigma_s = path.coefficients(s)
         kept, fresh = path.noise_split(s, t)
-        clean = sigma_s == 0
-        # Onto clean data the chain draws nothing, and so nothing may be guided: all of it is D.
-        guided = jnp.where(clean, 0, 1)
         on_data = alpha_s * fresh**2
-        scales = (sigma_s * kept / sigma_t, on_data, guided * on_data, sigma_s * fresh)
+        scales = (sigma_s * kept / sigma_t, on_data, kept * on_data, sigma_s * fresh)
         noise = normals(noise_key)
         x = linear_combination(scales, (cloud.x, cloud.denoised, cloud.shift, noise))
-        # ln N(x; m, v^2) - ln N(x; m + c delta, v^2) = -(c/v) z.delta - (c/v)^2 |delta|^2/2.
-        ratio = guided * alpha_s * fresh / jnp.where(clean, 1, sigma_s)
+        # ln N(x; m, v^2) - ln N(x; m + c delta, v^2) = -(c/v) z.delta - (c/v)^2 |delta|^2/2. Onto clean data c = v = 0.
+        ratio = jnp.where(sigma_s == 0, 0, alpha_t * fresh / sigma_t)
 
         def log_ratio(noise: State, shift: State) -> Scalar:
             return as_scalar(-ratio * tree_dot(noise, shift) - 0.5 * ratio**2 * tree_dot(shift, shift))
