@@ -49,6 +49,7 @@ LAYERS: dict[str, float] = {
     "sampling": 4,
     "divergence": 4,
     "likelihood": 4,
+    "particles": 4,
     "losses": 4,
     "flowmaps": 4,
     "distillation": 4,

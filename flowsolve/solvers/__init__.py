@@ -7,6 +7,7 @@ from .ddim import DDIM
 from .dpm_solver import DPMSolverPP, SDEDPMSolverPP
 from .multistep import AbstractMultistep
 from .nodes import AbstractVariable, LogSNR, NoiseRatio, Time, VPTime
+from .repaint import RePaint
 from .singlestep import SEEDS2, DPMSolverPPSinglestep, EDMHeun
 from .stochastic_adams import ERSDE, SASolver
 from .tuned import TunedMultistep
@@ -37,6 +38,7 @@ __all__ = [
     "LogSNR",
     "NoiseRatio",
     "PosteriorVariance",
+    "RePaint",
     "Restart",
     "SASolver",
     "SDEDPMSolverPP",

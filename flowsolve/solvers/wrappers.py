@@ -65,7 +65,8 @@ def raise_noise(path: AbstractPath, t: Scalar, u: Scalar, x: State, normal: Stat
     return linear_combination((scale, jnp.where(u == t, 0, added)), (x, normal))
 
 
-def _counts(solver: diffrax.AbstractSolver) -> tuple[int, int]:
+def inner_counts(solver: diffrax.AbstractSolver) -> tuple[int, int]:
+    """Evaluations of a step and of the start of a wrapped solver."""
     counts = evaluation_counts(solver)
     assert counts is not None
     return counts
@@ -96,13 +97,23 @@ def _with_inner_for(wrapper: _Wrapper, times: Float[Array, " points"]) -> _Wrapp
     return eqx.tree_at(lambda w: w.solver, wrapper, wrapper.solver.for_times(times))
 
 
-def _check_off_grid(solver: object, name: str) -> None:
+def check_off_grid(solver: object, name: str) -> None:
     """Raise unless `solver` is as `_check_inner` wants it and can start from any time."""
     _check_inner(solver, name)
     if isinstance(solver, TunedMultistep):
         raise ValueError(
             f"{name} got TunedMultistep, which steps through its own grid alone, but starts from times beside the "
             "grid: wrap a solver for any grid such as EDMHeun()."
+        )
+
+
+def check_one_step(solver: object, name: str) -> None:
+    """Raise unless `solver` is as `check_off_grid` wants it and keeps no history."""
+    check_off_grid(solver, name)
+    if isinstance(solver, AbstractMultistep) and solver.history > 0:
+        raise ValueError(
+            f"{name} got {type(solver).__name__}, whose history does not lie on the trajectory with the raised noise: "
+            "use a one-step solver such as EDMHeun(), DPMSolverPPSinglestep() or DDIM()."
         )
 
 
@@ -156,12 +167,7 @@ class Churn(AbstractNoiseRaiser):
         s_max: ScalarLike = float("inf"),
         s_noise: ScalarLike = 1.0,
     ):
-        _check_off_grid(solver, "Churn")
-        if isinstance(solver, AbstractMultistep) and solver.history > 0:
-            raise ValueError(
-                f"Churn got {type(solver).__name__}, whose history does not lie on the churned trajectory: use a "
-                "one-step solver such as EDMHeun(), DPMSolverPPSinglestep() or DDIM()."
-            )
+        check_one_step(solver, "Churn")
         factor, low, high, scale = (as_scalar(value) for value in (gamma, s_min, s_max, s_noise))
         self.solver = solver
         self.gamma = check(
@@ -178,13 +184,13 @@ class Churn(AbstractNoiseRaiser):
     @property
     def evaluations_per_step(self) -> int:
         """Those of the inner solver, which begins anew at each step."""
-        per_step, at_start = _counts(self.solver)
+        per_step, at_start = inner_counts(self.solver)
         return per_step + at_start
 
     @property
     def evaluations_at_start(self) -> int:
         """Those of the inner solver."""
-        return _counts(self.solver)[1]
+        return inner_counts(self.solver)[1]
 
     def step(
         self,
@@ -241,7 +247,7 @@ class Restart(AbstractNoiseRaiser, AbstractGridAwareSolver[Any]):
         repeats: int = 1,
         grid: AbstractGrid | None = None,
     ):
-        _check_off_grid(solver, "Restart")
+        check_off_grid(solver, "Restart")
         if not isinstance(interval, tuple | list) or len(interval) != 2:
             raise ValueError(f"Restart got interval = {interval!r}, but wants (t_min, t_max).")
         low, high = as_scalar(interval[0]), as_scalar(interval[1])
@@ -259,12 +265,12 @@ class Restart(AbstractNoiseRaiser, AbstractGridAwareSolver[Any]):
     @property
     def evaluations_per_step(self) -> int:
         """Those of the inner solver."""
-        return _counts(self.solver)[0]
+        return inner_counts(self.solver)[0]
 
     @property
     def evaluations_at_start(self) -> int:
         """Those that do not depend on the main grid: of the start and of the restarts."""
-        per_step, at_start = _counts(self.solver)
+        per_step, at_start = inner_counts(self.solver)
         return at_start + self.repeats * (at_start + self.grid.steps * per_step)
 
     def for_times(self, times: Float[Array, " points"]) -> "Restart":
@@ -363,13 +369,13 @@ class LangevinCorrector(AbstractWrapper, AbstractGridAwareSolver[Any]):
     @property
     def evaluations_per_step(self) -> int:
         """Those of the inner solver and one for each Langevin step."""
-        per_step, at_start = _counts(self.solver)
+        per_step, at_start = inner_counts(self.solver)
         return per_step + at_start + self.steps
 
     @property
     def evaluations_at_start(self) -> int:
         """Those of the inner solver."""
-        return _counts(self.solver)[1]
+        return inner_counts(self.solver)[1]
 
     @property
     def default_dynamics(self) -> AbstractDynamics:
@@ -417,7 +423,7 @@ class LangevinCorrector(AbstractWrapper, AbstractGridAwareSolver[Any]):
         path = field.flow.path
         start, target = as_scalar(t0), as_scalar(t1)
         # The state that the inner solver kept is of before the correction.
-        fresh = _counts(self.solver)[1] > 0
+        fresh = inner_counts(self.solver)[1] > 0
         x, _, _, state, result = self.solver.step(
             self.inner_terms(terms, field), start, target, y0, args, solver_state, fresh
         )
