@@ -112,7 +112,7 @@ def test_one_trace_and_the_layout_stays():
 def test_goes_on_from_one_layout_to_another(alone):
     first = next(iter(fit(Layout(mesh(4), parameters="shards", least=256))))
     batches = Batches(DATA, batch_size=16, key=KEY)
-    batches.set_state({"taken": 2})
+    batches.set_state({**batches.get_state(), "taken": 2})
     *_, state = training.fit(
         losses.Regression(), first, batches, OPTIMISER, steps=6, every=2, layout=Layout(mesh(2)), progress=False
     )
