@@ -621,7 +621,7 @@ def test_hybrid(x64):
     betas = np.linspace(0.02, 0.4, 8)
     abar = np.cumprod(1 - betas)
     net = VarianceNet(Net(), jnp.asarray([0.5, -1.0, 2.0]))
-    loss = losses.Hybrid(Regression(times=times.Given(fs.grids.ThenClean(fs.grids.Uniform(7))(path))), 0.01)
+    loss = losses.Hybrid(Regression(times=times.Given(fs.grids.ThenClean(fs.grids.Uniform(8))(path))), 0.01)
     value_of = jax.jit(lambda net, t, x0, eps: loss.one(
         fs.flow.VarianceFlow(net, path, predictions.Noise()), x0, t=t, noise=eps))  # fmt: skip
     gradient_of = jax.jit(jax.grad(lambda net, t, x0, eps, weight: losses.Hybrid(loss.simple, weight).one(
