@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, PyTree, Real
 from .._checks import check_type, is_concrete, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
-from ..flow import VarianceFlow
+from ..flow import AbstractFlow, VarianceFlow
 from ..predictions import error_scale
 from ..times import Given
 from .batch import Aux, mean_of, over_batch
@@ -83,7 +83,7 @@ class Hybrid(eqx.Module):
 
     def __call__(
         self,
-        flow: VarianceFlow,
+        flow: AbstractFlow,
         x0: State,
         args: Args = None,
         *,
@@ -93,6 +93,7 @@ class Hybrid(eqx.Module):
     ) -> tuple[Scalar, Aux]:
         """The loss of a batch and the terms it is made of, as in `Regression`."""
         check_type(flow, VarianceFlow, "flow", "a fs.flow.VarianceFlow, whose network returns (output, nu)")
+        assert isinstance(flow, VarianceFlow)
         check_source(flow, x0, self.simple.coupling)
 
         def one(x0: State, noise: State, args: Args, t: Scalar, key: PRNGKey, mask: PyTree | None) -> Scalar:
