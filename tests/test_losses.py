@@ -652,9 +652,8 @@ def test_hybrid(x64):
         assert np.all(without.nu == 0) and (np.abs(with_bound.nu).min() > 1e-7) == (k > 0)
     with pytest.raises(TypeError, match=r"flow is a Flow, but wants a fs.flow.VarianceFlow"):
         loss(fs.Flow(net.net, path, predictions.Noise()), jnp.ones((2, 3)), key=KEY)
-    for bad, message in [(Regression(), "times of simple is a Uniform"), (losses.squared, "simple is a function")]:
-        with pytest.raises(TypeError, match=message):
-            losses.Hybrid(bad)
+    with pytest.raises(TypeError, match="times of simple is a Uniform"):
+        losses.Hybrid(Regression())
 
 
 def test_the_optimal_variance_of_a_gaussian_is_the_exact_one():
