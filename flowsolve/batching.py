@@ -168,6 +168,12 @@ def spreading(mesh: Mesh | None, chunk: int | None, progress: bool, shared: PyTr
     return Spreading(found, free or tuple(found.axis_names), not used, chunk, progress)
 
 
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices with automatic axes."""
+    assert mesh.devices is not None
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 def with_automatic_axes(tree: PyTree) -> PyTree:
     """The same arrays on a mesh with automatic axes, where no mesh is ambient.
 
@@ -181,9 +187,8 @@ def with_automatic_axes(tree: PyTree) -> PyTree:
         if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
             return leaf
         mesh = sharding.mesh
-        assert isinstance(mesh, Mesh) and mesh.devices is not None  # an array's, not that of a trace
-        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+        assert isinstance(mesh, Mesh)  # an array's, not that of a trace
+        return jax.device_put(leaf, NamedSharding(automatic(mesh), sharding.spec))
 
     return jax.tree.map(relabelled, tree)
 

@@ -29,14 +29,11 @@ from ._settings import Settings, opaque, settle
 from ._steps import fixed_steps
 from ._types import Args, PRNGKey, Scalar, ScalarLike, State
 from .dynamics import AbstractDynamics
-from .flow import AbstractFlow, AbstractVelocityFlow
+from .flow import AbstractFlow, AbstractFlowWrapper, AbstractVelocityFlow
 from .grids import AbstractGrid
-from .paths import AbstractPath
-from .predictions import AbstractPrediction
 from .sampling import solve
 from .solvers import AbstractMultistep
 from .solvers.singlestep import AbstractSinglestep
-from .sources import AbstractSource
 
 __all__ = ["Masked", "invert", "linear_interpolation", "sdedit", "spherical_interpolation"]
 
@@ -274,7 +271,7 @@ def sdedit(
     return nan_on_failure(sol.result, x)
 
 
-class Masked(AbstractFlow):
+class Masked(AbstractFlowWrapper):
     r"""A flow that holds the known elements of an example on their path; everywhere else it is the flow inside.
 
     On the known elements the denoised data is `data`, and the noise what the state itself says,
@@ -312,21 +309,6 @@ class Masked(AbstractFlow):
                 "structure and shapes: broadcast the mask to those of the data."
             )
         self.flow, self.data, self.eps, self.keep = flow, data, eps, keep
-
-    @property
-    def path(self) -> AbstractPath:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The flow's path."""
-        return self.flow.path
-
-    @property
-    def prediction(self) -> AbstractPrediction:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What the flow predicts."""
-        return self.flow.prediction
-
-    @property
-    def source(self) -> AbstractSource:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The flow's source."""
-        return self.flow.source
 
     def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         t = as_scalar(t)

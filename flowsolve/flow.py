@@ -35,7 +35,15 @@ from .predictions import (
 )
 from .sources import AbstractSource, Normal
 
-__all__ = ["AbstractFlow", "AbstractVelocityFlow", "Flow", "OnPath", "TimeReversed", "VarianceFlow"]
+__all__ = [
+    "AbstractFlow",
+    "AbstractFlowWrapper",
+    "AbstractVelocityFlow",
+    "Flow",
+    "OnPath",
+    "TimeReversed",
+    "VarianceFlow",
+]
 
 
 class AbstractVelocityFlow(eqx.Module):
@@ -127,6 +135,27 @@ class AbstractFlow(AbstractVelocityFlow):
     def mixture(self, target: Triple, t: Scalar, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         """(a E[x_0|x_t] + b E[eps|x_t])/c for target = (a, b, c), from one network evaluation."""
         return combine(self.mixture_weights(t, target), x, self.output(t, x, args, key=key))
+
+
+class AbstractFlowWrapper(AbstractFlow):
+    """A flow around another, on its path, with its source, in its prediction."""
+
+    flow: eqx.AbstractVar[AbstractFlow]
+
+    @property
+    def path(self) -> AbstractPath:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The wrapped flow's path."""
+        return self.flow.path
+
+    @property
+    def prediction(self) -> AbstractPrediction:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What the wrapped flow predicts."""
+        return self.flow.prediction
+
+    @property
+    def source(self) -> AbstractSource:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The wrapped flow's source."""
+        return self.flow.source
 
 
 class Flow(AbstractFlow):

@@ -35,12 +35,10 @@ from jaxtyping import Array, Float, PyTree
 from ._checks import check_key, check_positive, check_type, describe, is_concrete
 from ._numerics import as_scalar, as_state, normal_like, state_like, tree_dot, tree_size
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
-from .flow import AbstractFlow
+from .flow import AbstractFlow, AbstractFlowWrapper
 from .likelihood import log_prob
 from .losses import Regression
-from .paths import AbstractPath
-from .predictions import AbstractPrediction, Noise
-from .sources import AbstractSource
+from .predictions import Noise
 from .times import LogSNRUniform
 
 __all__ = ["Autoencoding", "Joint", "LatentFlow", "Terms", "labels", "likelihood_bound", "standardised"]
@@ -48,7 +46,7 @@ __all__ = ["Autoencoding", "Joint", "LatentFlow", "Terms", "labels", "likelihood
 Latent = Float[Array, "..."]
 
 
-class LatentFlow(AbstractFlow):
+class LatentFlow(AbstractFlowWrapper):
     """A flow on the latents of an autoencoder, which it carries with it.
 
     It is the flow of the latents z itself, so that `sample`, `solve`, `encode`, guidance, training and checkpoints take
@@ -77,21 +75,6 @@ class LatentFlow(AbstractFlow):
         if isinstance(scale, float | int) and not (scale != 0 and math.isfinite(scale)):
             raise ValueError(f"LatentFlow got scale = {scale}, but wants a finite number, not 0.")
         self.flow, self.autoencoder, self.shift, self.scale = flow, autoencoder, shift, scale
-
-    @property
-    def path(self) -> AbstractPath:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The flow's path."""
-        return self.flow.path
-
-    @property
-    def prediction(self) -> AbstractPrediction:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What the flow predicts."""
-        return self.flow.prediction
-
-    @property
-    def source(self) -> AbstractSource:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The flow's source."""
-        return self.flow.source
 
     @property
     def like(self) -> Like:

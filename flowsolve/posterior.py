@@ -46,10 +46,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ._checks import check, check_count, check_positive, check_state, check_type, describe, known
 from ._numerics import as_scalar, linear_combination, safe_sqrt, tree_dot
 from ._types import Args, PRNGKey, Scalar, ScalarLike, State
-from .flow import AbstractFlow, check_has_score
+from .flow import AbstractFlow, AbstractFlowWrapper, check_has_score
 from .paths import AbstractPath
-from .predictions import AbstractPrediction, Data, combine, conversion_weights
-from .sources import AbstractSource
+from .predictions import Data, combine, conversion_weights
 
 __all__ = ["DPS", "MMPS", "AbstractPosterior", "Guided", "Linearised", "Measurement", "Observed", "PiGDM"]
 
@@ -202,30 +201,14 @@ class Guided(NamedTuple):
     log_likelihood: Scalar
 
 
-class AbstractPosterior(AbstractFlow):
+class AbstractPosterior(AbstractFlowWrapper):
     """A flow given a measurement; its parts differ in how the residual is weighed."""
 
-    flow: eqx.AbstractVar[AbstractFlow]
     measurement: eqx.AbstractVar[Measurement]
 
     @abc.abstractmethod
     def weigh(self, residual: Measured, at: Linearised) -> Measured:
         """w, the residual y - A(D) divided by the covariance that y has given x_t."""
-
-    @property
-    def path(self) -> AbstractPath:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The flow's path."""
-        return self.flow.path
-
-    @property
-    def prediction(self) -> AbstractPrediction:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What the flow predicts."""
-        return self.flow.prediction
-
-    @property
-    def source(self) -> AbstractSource:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The flow's source."""
-        return self.flow.source
 
     def guide(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> Guided:
         """The flow's output, the likelihood's score and its logarithm, from one evaluation of the network.

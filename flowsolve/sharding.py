@@ -20,10 +20,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from ._checks import check_count, check_type, describe
+from .batching import automatic
 
 __all__ = ["Layout"]
 
@@ -56,7 +57,7 @@ class Layout(eqx.Module):
     ):
         check_type(mesh, Mesh, "mesh", "a jax.sharding.Mesh, such as that of jax.make_mesh")
         # Explicit axes, those of jax.make_mesh, would have a network's own code name the sharding of every product.
-        self.mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        self.mesh = automatic(mesh)
         self.parameters = _axes(parameters, mesh, "parameters")
         self.data = mesh.axis_names if data is None else _axes(data, mesh, "data")
         self.least = check_count(least, "Layout got least")

@@ -42,7 +42,7 @@ def exact_classifier(path):
     return classifier
 
 
-class Picked(guidance.AbstractWrapper):
+class Picked(fs.flow.AbstractFlowWrapper):
     """The flow for args = (label, label): only `Composed` takes both."""
 
     flow: fs.AbstractFlow
@@ -303,7 +303,7 @@ def test_every_wrapper_is_its_papers_formula(path_name, prediction, x64):
 # --- scales -------------------------------------------------------------------------------------------------------
 
 
-class Counted(guidance.AbstractWrapper):
+class Counted(fs.flow.AbstractFlowWrapper):
     """A flow that keeps count of its evaluations, by the label that each was asked for."""
 
     flow: fs.AbstractFlow
@@ -496,7 +496,7 @@ def test_the_sampler_of_cfg_plus_plus():
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
 
 
-class Switched(guidance.AbstractWrapper):
+class Switched(fs.flow.AbstractFlowWrapper):
     """One of several flows, picked by an index that is traced: a whole table runs as one program."""
 
     flow: fs.AbstractFlow

@@ -19,16 +19,14 @@ noise all follow from that one value. What takes the whole example (a norm, a st
 all elements of ONE example.
 """
 
-from .base import AbstractRule, AbstractWrapper
 from .conditions import Autoguidance, ClassifierFree, Composed
-from .rules import Projected, Rescaled, ZeroStar
+from .rules import AbstractRule, Projected, Rescaled, ZeroStar
 from .schedules import CFGPlusPlus, Cosine, Interval, Linear, noise_level, time
 from .scores import AddedScore, Gradient, LogProbability
 from .thresholds import Clip, DynamicThreshold, Thresholded
 
 __all__ = [
     "AbstractRule",
-    "AbstractWrapper",
     "AddedScore",
     "Autoguidance",
     "CFGPlusPlus",

@@ -18,15 +18,14 @@ from jaxtyping import Array, Float, Real
 from .._checks import check_type, describe, is_concrete
 from .._numerics import as_scalar
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
-from ..flow import AbstractFlow
-from .base import AbstractRule, AbstractWrapper
-from .rules import plain
+from ..flow import AbstractFlow, AbstractFlowWrapper
+from .rules import AbstractRule, plain
 from .schedules import Schedule, as_scale, is_known, scale_at
 
 __all__ = ["Autoguidance", "ClassifierFree", "Composed"]
 
 
-class ClassifierFree(AbstractWrapper):
+class ClassifierFree(AbstractFlowWrapper):
     """Classifier-free guidance, u + scale (c - u).
 
     **Arguments:**
@@ -96,7 +95,7 @@ class ClassifierFree(AbstractWrapper):
         return _combined(self.flow, self.rule, scale, t, x, conditional, unconditional)
 
 
-class Autoguidance(AbstractWrapper):
+class Autoguidance(AbstractFlowWrapper):
     """A flow guided by a worse version of itself, u + scale (c - u) with c from `flow` and u from `weak`.
 
     **Arguments:**
@@ -153,7 +152,7 @@ class Autoguidance(AbstractWrapper):
         return _guided(self.flow, self.rule, scale, t, x, lambda: self.flow.output(t, x, args, key=key), weak)
 
 
-class Composed(AbstractWrapper):
+class Composed(AbstractFlowWrapper):
     r"""Several conditions at once, $u + \sum_k s_k (c_k - u)$.
 
     Its score is that of $p_t(x) \prod_k (p_t(x|c_k)/p_t(x))^{s_k}$: with $s_k = 1$ the product of conditions ("and")

@@ -7,8 +7,17 @@ r"""Rules that mix a conditional c and an unconditional u otherwise than $u + s 
 | `ZeroStar` | velocity | $s\,c + (1 - s)\,s^* u$, with $s^* = \langle c, u\rangle/\lVert u\rVert^2$ |
 
 Sums run over all elements of one example.
+
+At one time every prediction is, up to a factor, the flow's own output o shifted by a multiple of $x_t$: with the
+weights of `AbstractFlow.mixture_weights`,
+
+$$\mathrm{denominator} \cdot \mathrm{prediction} = w_x\, x_t + w_o\, o .$$
+
+So a rule that is stated in some prediction, and does not mind its scale, is applied to $w_x x_t + w_o o$, which is
+finite at both ends of the path, and its result is an output again after the shift is undone.
 """
 
+import abc
 import math
 
 import equinox as eqx
@@ -20,9 +29,18 @@ from .._numerics import as_scalar, linear_combination, optional_scalar, safe_sqr
 from .._types import Scalar, State
 from ..flow import AbstractFlow
 from ..predictions import AbstractPrediction, Data, Triple, V, Velocity
-from .base import AbstractRule
 
-__all__ = ["Projected", "Rescaled", "ZeroStar"]
+__all__ = ["AbstractRule", "Projected", "Rescaled", "ZeroStar"]
+
+
+class AbstractRule(eqx.Module):
+    """How a conditional and an unconditional output are mixed; at scale 1 it gives the conditional one."""
+
+    @abc.abstractmethod
+    def combine(
+        self, flow: AbstractFlow, t: Scalar, x: State, scale: Scalar, conditional: State, unconditional: State
+    ) -> State:
+        """The guided output, from two outputs in the prediction of `flow` at (t, x), one example."""
 
 
 def plain(scale: Scalar, conditional: State, unconditional: State) -> State:

@@ -21,15 +21,14 @@ from jaxtyping import Array, Float
 from .._checks import check, describe, is_concrete, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
-from ..flow import AbstractFlow, check_has_score
+from ..flow import AbstractFlow, AbstractFlowWrapper, check_has_score
 from ..predictions import Score
-from .base import AbstractWrapper
 from .schedules import Schedule, as_scale, is_known, scale_at
 
 __all__ = ["AddedScore", "Gradient", "LogProbability"]
 
 
-class AddedScore(AbstractWrapper):
+class AddedScore(AbstractFlowWrapper):
     """A flow with something added to its score: score + scale g.
 
     Its density is p_t(x) p(y|x)^scale for a classifier, p_t(x) exp(scale E(t, x)) for an energy. A sum of several is a

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from .._checks import check, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
-from ..flow import AbstractFlow
+from ..flow import AbstractFlow, AbstractFlowWrapper
 from ..predictions import Data, combine
-from .base import AbstractWrapper
 
 __all__ = ["Clip", "DynamicThreshold", "Thresholded"]
 
 
-class Thresholded(AbstractWrapper):
+class Thresholded(AbstractFlowWrapper):
     """A flow whose denoised prediction goes through a threshold.
 
     **Arguments:** `flow`; `threshold`: a callable, denoised -> denoised of one example: `Clip(-1.0, 1.0)`,

@@ -30,7 +30,7 @@ from .._types import PRNGKey, Scalar, ScalarLike
 from ._layers import adaptive_norm, held, layer_norm, over_tokens, redrawn, scan_blocks, stacked, zeroed
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
-from .embeddings import LabelEmbedding, SinusoidalEmbedding
+from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of
 from .patches import TransformerSize, check_image, check_size, from_patches, to_patches
 from .positions import AbstractPositions, Rotation, SincosPositions
 
@@ -193,9 +193,7 @@ class DiT(eqx.Module):
     @property
     def null_label(self) -> int:
         """The label that stands for no class, for `guidance.ClassifierFree`."""
-        if self.label_embedding is None:
-            raise ValueError("This DiT has no labels: build it with num_classes.")
-        return self.label_embedding.null_label
+        return null_label_of(self.label_embedding, "DiT")
 
     def null(self, args: ArrayLike | Condition) -> ArrayLike | Condition:
         """The condition like `args` that says nothing, for `guidance.ClassifierFree`."""

@@ -144,3 +144,10 @@ class LabelEmbedding(eqx.Module):
             check(label, (given < 0) | (given > last), f"Label {label} is out of range: labels run from 0 to {last}.")
         # A check inside a compiled network would cost a host callback per evaluation: out of range gives NaN.
         return self.table.at[label].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def null_label_of(embedding: LabelEmbedding | None, owner: str) -> int:
+    """The label that stands for no class in the network called `owner`; raises if that has no labels."""
+    if embedding is None:
+        raise ValueError(f"This {owner} has no labels: build it with num_classes.")
+    return embedding.null_label

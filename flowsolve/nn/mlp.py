@@ -24,7 +24,7 @@ from .._checks import check_key, check_state, describe
 from .._numerics import as_scalar, tree_size
 from .._types import Like, PRNGKey, Scalar, ScalarLike, State
 from ._layers import adaptive_norm, scan_blocks, stacked, zeroed
-from .embeddings import LabelEmbedding, SinusoidalEmbedding
+from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of
 
 __all__ = ["ResidualMLP"]
 
@@ -122,9 +122,7 @@ class ResidualMLP(eqx.Module):
     @property
     def null_label(self) -> int:
         """The label that stands for no class, for `guidance.ClassifierFree`."""
-        if self.label_embedding is None:
-            raise ValueError("This ResidualMLP has no labels: build it with num_classes.")
-        return self.label_embedding.null_label
+        return null_label_of(self.label_embedding, "ResidualMLP")
 
     def embedding(self, t: ScalarLike, args: ArrayLike | None = None) -> Float[Array, " dim"]:
         """silu(c), the embedding of time and label that every block is modulated by."""

@@ -33,7 +33,7 @@ from ._layers import zeroed
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
 from .convolution import Convolution, GroupNorm, ResidualBlock, activated, upsampled
-from .embeddings import LabelEmbedding, SinusoidalEmbedding
+from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of
 from .patches import check_image
 
 __all__ = ["UNet"]
@@ -220,9 +220,7 @@ class UNet(eqx.Module):
     @property
     def null_label(self) -> int:
         """The label that stands for no class, for `guidance.ClassifierFree`."""
-        if self.label_embedding is None:
-            raise ValueError("This UNet has no labels: build it with num_classes.")
-        return self.label_embedding.null_label
+        return null_label_of(self.label_embedding, "UNet")
 
     def null(self, args: ArrayLike | Condition) -> ArrayLike | Condition:
         """The condition like `args` that says nothing, for `guidance.ClassifierFree`."""
