@@ -258,7 +258,7 @@ class Sinkhorn(AbstractCoupling):
             problem = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=cost, epsilon=epsilon))
             solve = sinkhorn.Sinkhorn(threshold=self.tolerance.astype(cost.dtype), max_iterations=self.iterations)
             solved = solve(problem)
-        # With its rows made right, which is half an iteration more, the columns are off by no more than they were.
+        # Its rows made right, which is half an iteration more and leaves no larger error in the columns.
         log_plan = jax.nn.log_softmax((solved.g[None, :] - cost) / epsilon, axis=1) - math.log(cost.shape[0])
         return jnp.where(jnp.all(jnp.isfinite(cost)), log_plan, jnp.nan)
 
