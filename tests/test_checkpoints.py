@@ -501,8 +501,8 @@ def full_disk(monkeypatch):
 def test_a_full_disk_loses_nothing(tmp_path, full_disk):
     fill, make_room = full_disk
     save_all(tmp_path, [1, 2], keep=1)
-    before = contents(tmp_path)
     with Checkpoints(tmp_path, keep=1) as saved:
+        before = contents(tmp_path)
         fill()
         saved.save(state_at(3))  # returns; the next call tells
         with pytest.raises(OSError, match=r"^Step 3 could not be saved in \S+ \(No space left on device\): the newest"):
