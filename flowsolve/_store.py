@@ -5,6 +5,7 @@ See `checkpoints`, which is for users.
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import gc
 import hashlib
@@ -16,6 +17,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -219,6 +221,53 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+#: Descriptors of the locked files of this process.
+_LOCKS: set[int] = set()
+
+
+def lock(file: Path, target: Path) -> Callable[[], None]:
+    """Make a file and lock it while `target` is written; returns what removes it again. Raise if it is locked.
+
+    The kernel lets go of the lock when the process ends, in whatever way, and a file that nobody has locked keeps
+    nobody out. Nor does any on a file system without locks.
+    """
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OSError(
+                f"{target} is being written by another run, which has locked {file}: wait until that has ended, or "
+                "choose another place."
+            ) from None
+        except OSError:
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                break
+        os.close(descriptor)  # of a file that its holder has removed meanwhile
+    _LOCKS.add(descriptor)
+
+    def release() -> None:
+        if descriptor in _LOCKS:  # not in a fork
+            _LOCKS.remove(descriptor)
+            with contextlib.suppress(OSError):
+                file.unlink()
+            os.close(descriptor)
+
+    return release
+
+
+def _close_locks() -> None:
+    """In a fork, which would otherwise hold the locks after the process that took them is gone."""
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+os.register_at_fork(after_in_child=_close_locks)
+
+
 def hidden(path: Path) -> Path:
     """Where a checkpoint is while it is not, or no longer, one."""
     return path.with_name(HIDDEN + path.name)
@@ -351,8 +400,19 @@ def exchange(message: Any) -> list[Any]:
 
 
 def of_first(function: Callable[[], Any]) -> Any:
-    """What a function gives in the first process, in all of them."""
-    return exchange(function() if jax.process_index() == 0 else None)[0]
+    """What a function gives in the first process, in all of them, or the `OSError` that it raises there."""
+
+    def answer() -> tuple[Any, tuple[int | None, str] | None]:
+        try:
+            return function(), None
+        except OSError as error:
+            return None, (error.errno, error.strerror or str(error))
+
+    value, problem = exchange(answer() if jax.process_index() == 0 else None)[0]
+    if problem is not None:
+        number, text = problem
+        raise OSError(text) if number is None else OSError(number, text)
+    return value
 
 
 def import_orbax() -> Any:
@@ -392,8 +452,10 @@ def _orbax_silent() -> Iterator[None]:
     except Exception as error:
         # What was under way is abandoned by Orbax: let it end, and be freed, before anybody listens again.
         time.sleep(0.5)
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
         raise
     finally:
         for logger in loggers:

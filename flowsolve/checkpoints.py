@@ -16,8 +16,8 @@ code. What is no array (the sizes of a network, its activation, the path) is des
         for state in fs.training.fit(loss, start, batches, optimiser, steps=2_000, every=100):
             checkpoints.save(state, batches)
 
-With several processes all of them make the same calls and see the same directory; a directory is written by one run at
-a time.
+With several processes all of them make the same calls and see the same directory. A directory is written by one run at
+a time: while it is open a lock keeps others out, of which a killed run leaves nothing behind; reading wants no lock.
 """
 
 import base64
@@ -52,6 +52,7 @@ from ._store import (
     hidden,
     import_orbax,
     local_path,
+    lock,
     of_first,
     one_sentence,
     read_content,
@@ -74,9 +75,11 @@ class Checkpoints:
     newest are kept; `best`: None, or a function of the state, such as `lambda state: state.metrics["loss"]`, of whose
     values the checkpoint with the smallest is kept as well.
 
-    Entering makes the directory; leaving waits for what is still being written.
+    Entering makes the directory and locks it; leaving waits for what is still being written. To read one that is being
+    written, call `restore` without entering.
 
-    **Raises:** `OSError` on entering if the directory cannot be written to; `ImportError` without orbax-checkpoint.
+    **Raises:** `OSError` on entering if the directory cannot be written to, or another run is writing there;
+    `ImportError` without orbax-checkpoint.
     """
 
     def __init__(
@@ -91,25 +94,25 @@ class Checkpoints:
         self._keep = check_count(keep, "Checkpoints got keep")
         self._best = best
         self._writing: Future[None] | None = None
+        self._unlock: Callable[[], None] | None = None  # in the first process, while the directory is locked
         self._whole: set[int] = set()  # steps whose digests have been compared, or that were written here
 
     def __enter__(self) -> "Checkpoints":
-        if jax.process_index() == 0:
-            with one_sentence(f"Checkpoints cannot be written to {self._directory}", "choose another directory"):
-                self._directory.mkdir(parents=True, exist_ok=True)
-                probe = self._directory / f"{HIDDEN}probe"
-                probe.touch()
-                probe.unlink()
+        with one_sentence(f"Checkpoints cannot be written to {self._directory}", "choose another directory"):
+            of_first(self._lock)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         del kind, traceback
-        if error is None:
-            self.wait()
-        elif (problem := self._outcome()) is not None:
-            error.add_note(str(problem))
+        try:
+            if error is None:
+                self.wait()
+            elif (problem := self._outcome()) is not None:
+                error.add_note(str(problem))
+        finally:
+            self._release()
 
     @property
     def steps(self) -> list[int]:
@@ -135,8 +138,8 @@ class Checkpoints:
         **Arguments:** `state`: as `training.fit` yields it; `batches`: None, or the iterator whose position is saved
         along, `data.Batches` or one of `grain`.
 
-        **Raises:** `OSError` if this one, or the one saved before, could not be written; those before are as they were.
-        `ValueError` if the directory has a later step.
+        **Raises:** `OSError` if this one, or the one saved before, could not be written, or another run is writing
+        there; those before are as they were. `ValueError` if the directory has a later step.
         """
         check_type(state, TrainState, "state", "a TrainState, as training.fit yields it")
         positions = self._agree(_position(batches))
@@ -153,10 +156,14 @@ class Checkpoints:
             "metrics": {name: [str(value.dtype), np.asarray(value).tolist()] for name, value in state.metrics.items()},
             "positions": positions,
         }
-        with self._saving(step):
+        with self._saving(step), contextlib.ExitStack() as stack:
+            if of_first(lambda: self._unlock is None):  # it was not entered
+                of_first(self._lock)
+                stack.callback(self._release)
             write = begin_writing(self._at(step), _unmeasured(state), facts)
+            locked = stack.pop_all()
         thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing = thread.submit(self._write, step, write)
+        self._writing = thread.submit(self._write, step, write, locked)
         thread.shutdown(wait=False)
 
     def wait(self) -> None:
@@ -218,13 +225,27 @@ class Checkpoints:
     def _at(self, step: int) -> Path:
         return self._directory / f"step-{step}"
 
-    def _write(self, step: int, write: Callable[[], None]) -> None:
+    def _lock(self) -> None:
+        """Make the directory, see that it can be written to, and keep others from doing so."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        probe = self._directory / f"{HIDDEN}probe"
+        probe.touch()
+        probe.unlink()
+        self._unlock = lock(self._directory / ".lock", self._directory)
+
+    def _release(self) -> None:
+        if self._unlock is not None:
+            self._unlock()
+        self._unlock = None
+
+    def _write(self, step: int, write: Callable[[], None], locked: contextlib.ExitStack) -> None:
         """In the thread that writes."""
-        with self._saving(step):
-            write()
-        self._whole.add(step)
-        if jax.process_index() == 0:
-            self._remove_old()
+        with locked:
+            with self._saving(step):
+                write()
+            self._whole.add(step)
+            if jax.process_index() == 0:
+                self._remove_old()
 
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:
@@ -295,13 +316,22 @@ def save(path: str | os.PathLike, tree: PyTree) -> None:
     **Arguments:** `path`: a directory that is made, or that of an earlier checkpoint, which this one then replaces as a
     whole; `tree`: e.g. `state.ema_flow`.
 
-    **Raises:** `OSError` if it cannot be written, and an earlier one is as it was; `FileExistsError` if something else
-    is at `path`; `ValueError` if the tree has no arrays.
+    **Raises:** `OSError` if it cannot be written, or another process is writing it, and an earlier one is as it was;
+    `FileExistsError` if something else is at `path`; `ValueError` if the tree has no arrays.
     """
     path = local_path(path)
     if path.exists() and not (path / FILE).exists():
         raise FileExistsError(f"{path} is there and is no checkpoint: choose another path, or remove it.")
-    with one_sentence(f"{path} could not be saved", "make room or choose another path"):
+
+    def locked() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(lock(path.with_name(f".lock-{path.name}"), path))
+
+    with (
+        one_sentence(f"{path} could not be saved", "make room or choose another path"),
+        contextlib.ExitStack() as stack,
+    ):
+        of_first(locked)
         begin_writing(path, tree, {})()
     exchange(None)  # nobody goes on before it is there
 

@@ -58,7 +58,7 @@ class _AbstractCounted(abc.ABC):
         """The position: the number of batches taken, and what tells this sequence from others."""
         return {**self._sequence, "taken": self._taken}
 
-    def set_state(self, state: dict) -> None:
+    def set_state(self, state: dict | bytes) -> None:
         """Go to a position that `get_state` gave.
 
         **Raises:** `ValueError` if it is one in other batches, naming the first difference.

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import pytest
 from jaxtyping import Array
 from test_multihost import free_address, run
 
-from flowsolve import checkpoints, data, losses, paths, predictions, training
+from flowsolve import _store, checkpoints, data, losses, paths, predictions, training
 from flowsolve.checkpoints import Checkpoints, CorruptCheckpoint
 from flowsolve.flow import Flow
 from flowsolve.sharding import Layout
@@ -421,6 +422,69 @@ def test_what_changes_from_process_to_process_fits(tmp_path):
     assert bits(checkpoints.load(tmp_path / "x", like)) == bits(flow)
 
 
+# --- two writers -------------------------------------------------------------------------------------
+
+
+HOLDING = """
+import os, sys, time
+from flowsolve import _store
+from pathlib import Path
+
+_store.lock(Path(sys.argv[1]) / ".lock", Path(sys.argv[1]))
+if os.fork() == 0:  # such as a worker that loads data, and lives on
+    print(os.getpid(), flush=True)
+    time.sleep(100)
+time.sleep(100)
+"""
+
+
+def test_a_second_writer_is_told_and_readers_are_not_hindered(tmp_path):
+    refused = r"^\S+ is being written by another run, which has locked \S+: wait until that has ended, or choose"
+    with Checkpoints(tmp_path) as saved:
+        saved.save(state_at(1))
+        saved.wait()
+        with pytest.raises(OSError, match=refused), Checkpoints(tmp_path):
+            pass
+        with pytest.raises(OSError, match=refused):
+            Checkpoints(tmp_path).save(state_at(2))
+        assert same(Checkpoints(tmp_path).restore(fresh()), state_at(1))
+        saved.save(state_at(3))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-1", "step-3"]
+    # One that was not entered holds it while it writes.
+    saved = Checkpoints(tmp_path)
+    saved.save(state_at(4))
+    saved.wait()
+    save_all(tmp_path, [5])
+    with pytest.raises(KeyError), Checkpoints(tmp_path):
+        raise KeyError
+    save_all(tmp_path, [6])
+
+    release = _store.lock(tmp_path / ".lock-x", tmp_path)
+    with pytest.raises(OSError, match=r"x is being written by another run"):
+        checkpoints.save(tmp_path / "x", jnp.ones(3))
+    release()
+    checkpoints.save(tmp_path / "x", jnp.ones(3))
+    assert not list(tmp_path.glob(".lock*"))
+
+
+def test_a_killed_writer_leaves_no_lock(tmp_path):
+    """Though a fork of it lives on."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])}
+    command = [sys.executable, "-W", "ignore", "-c", HOLDING, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as writer:
+        fork = int(writer.stdout.readline())
+        try:
+            with pytest.raises(OSError, match="is being written by another run"), Checkpoints(tmp_path):
+                pass
+            writer.kill()
+            writer.wait()
+            os.kill(fork, 0)  # is there
+            with Checkpoints(tmp_path):
+                pass
+        finally:
+            os.kill(fork, signal.SIGKILL)
+
+
 # --- a disk that refuses -----------------------------------------------------------------------------
 
 
@@ -437,8 +501,8 @@ def full_disk(monkeypatch):
 def test_a_full_disk_loses_nothing(tmp_path, full_disk):
     fill, make_room = full_disk
     save_all(tmp_path, [1, 2], keep=1)
-    before = contents(tmp_path)
     with Checkpoints(tmp_path, keep=1) as saved:
+        before = contents(tmp_path)
         fill()
         saved.save(state_at(3))  # returns; the next call tells
         with pytest.raises(OSError, match=r"^Step 3 could not be saved in \S+ \(No space left on device\): the newest"):
@@ -615,6 +679,14 @@ with t.Checkpoints(directory) as saved:
     t.checkpoints.save(directory / "flow", state.flow)
     assert t.bits(t.checkpoints.load(directory / "flow", state.flow)) == t.bits(state.flow)
     saved.save(layout.place(t.state_at(9, state=t.fresh(width=16))), Own())
+    # A second run is refused in each of its processes, so that none waits for the other.
+    for call in (t.Checkpoints(directory).__enter__, lambda: t.Checkpoints(directory).save(t.state_at(10))):
+        try:
+            call()
+        except OSError as error:
+            assert "is being written by another run" in str(error), error
+        else:
+            raise AssertionError
 print("done", len(jax.devices()))
 """
 
