@@ -3,21 +3,34 @@
 import importlib.util
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
+
+import flowsolve as fs
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-@pytest.fixture(scope="module")
-def digits():
-    spec = importlib.util.spec_from_file_location("digits_example", EXAMPLES / "digits.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return load("posterior")
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +106,66 @@ def test_digits_bits_of_an_untrained_flow(digits, splits):
     bits = -nats / np.log(2) - np.log2(2 / 17)
     np.testing.assert_allclose(mean, bits.mean(), rtol=1e-5)
     np.testing.assert_allclose(error, bits.std() / np.sqrt(3), rtol=1e-3)
+
+
+# An observation of each that many draws of the prior explain, so that a plain average over them is the evidence.
+OBSERVED = {
+    "Gaussian linear": 0.2 * np.cos(np.arange(10)),
+    "two moons": np.array([0.1, -0.3]),
+    "SLCP": np.array([1.0, -2.0, 3.0, 0.5, -2.0, 4.0, -1.5, -4.0]),
+}
+
+
+@pytest.mark.parametrize("name", OBSERVED)
+def test_posterior_exact_draws_and_evidence(posterior, name):
+    """Evidence and first two moments against the prior's draws, weighted by the likelihood."""
+    task, x = posterior.TASKS[name], jnp.asarray(OBSERVED[name], jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 400_000)
+    theta = jax.jit(jax.vmap(lambda key: task.from_normal(jax.random.normal(key, (task.dim,)))))(keys)
+    weights = np.exp(np.asarray(jax.jit(jax.vmap(lambda theta: task.log_likelihood(theta, x)))(theta), np.float64))
+    size = posterior.FULL._replace(candidates=50_000, samples=5_000)
+    evidence = np.exp(float(posterior.log_evidence(task, x[None], size, jax.random.key(1))[0]))
+    error = weights.std() / np.sqrt(len(weights)) + 0.01 * evidence
+    assert error < 0.05 * evidence
+    assert abs(evidence - weights.mean()) < 4 * error
+
+    draws = np.asarray(posterior.exact_draws(task, x, size, jax.random.key(2)), np.float64)
+    theta, weights = np.asarray(theta, np.float64), weights / weights.sum()
+    for power in (1, 2):
+        want = weights @ theta**power
+        variance = weights @ (theta**power - want) ** 2
+        # Of the weighted mean by the delta method, and of the plain one.
+        error = np.sqrt(weights**2 @ (theta**power - want) ** 2 + variance / len(draws))
+        assert np.all(np.abs((draws**power).mean(axis=0) - want) < 4.5 * error)
+
+
+class ExactVelocity(eqx.Module):
+    """Of the posterior of Gaussian linear in normal numbers, N(x/(2 sqrt(0.1)), 1/2), or of another variance."""
+
+    variance: jax.Array
+
+    def __call__(self, t, z, x, *, key=None):
+        del key
+        mean = x / (2 * np.sqrt(np.float32(0.1)))
+        slope = (t - (1 - t) * self.variance) / ((1 - t) ** 2 * self.variance + t**2)
+        return slope * (z - (1 - t) * mean) - mean
+
+
+def test_posterior_coverage_and_gain(posterior):
+    """Of the exact posterior uniform and exact; posteriors too wide or too narrow are found out."""
+    task = posterior.TASKS["Gaussian linear"]
+    pairs = posterior.draw_pairs(task, jax.random.key(0), 500)
+    fits = {}
+    for variance in (0.5, 0.7, 0.35):
+        network = ExactVelocity(jnp.asarray(variance))
+        flow = fs.Flow(network, fs.paths.Linear(), fs.predictions.Velocity())
+        fits[variance] = scipy.stats.kstest(posterior.levels_of(flow, pairs), "uniform", alternative="two-sided")
+        if variance == 0.5:
+            got = np.asarray(posterior.gain_of(flow, pairs))
+    assert fits[0.5].pvalue > 0.05
+    assert fits[0.7].statistic > 0.2 and fits[0.35].statistic > 0.2
+    evidence = posterior.log_evidence(task, pairs.x, posterior.SMOKE, jax.random.key(1))
+    want = np.asarray(jax.vmap(task.log_likelihood)(pairs.theta, pairs.x) - evidence)
+    # To the tolerance of the solves.
+    np.testing.assert_allclose(got, want, atol=0.06)
+    np.testing.assert_allclose(got.mean(), want.mean(), atol=2e-3)
