@@ -1,5 +1,6 @@
 """Transformers on patches: against NumPy in float64, gradients by complex steps; starts, sizes, conditions."""
 
+import functools
 import math
 
 import equinox as eqx
@@ -16,6 +17,8 @@ SHAPE, CLASSES, TOKENS, CONTEXT = (2, 4, 6), 3, 4, 3
 SIZE = nn.TransformerSize(patch=2, width=8, depth=3, heads=2, mlp_ratio=1.5)
 TIME = nn.SinusoidalEmbedding(6)
 RNG = np.random.default_rng(5)
+#: What is this small takes longer to compile than to run.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def dit_with_context():
@@ -84,12 +87,12 @@ def takes_context(network):
     return isinstance(network, nn.UViT) or network.context_dim is not None
 
 
-@eqx.filter_jit
+@functools.partial(eqx.filter_jit, compiler_options=QUICK)
 def call(network, t, x, args, key=None):
     return network(t, x, args, key=key)
 
 
-@eqx.filter_jit
+@functools.partial(eqx.filter_jit, compiler_options=QUICK)
 def outputs_and_gradient(network, t, x, args, weights):
     """The batch's outputs, and the gradient of sum(weights * outputs) in the parameters and in x."""
 
@@ -318,7 +321,7 @@ def test_backward_pass_equals_complex_steps(name, networks, results):
 
 @pytest.mark.parametrize("block", [1, 2, SIZE.depth])
 def test_hidden_tokens_are_those_after_the_block(dit, results, block):
-    @eqx.filter_jit
+    @functools.partial(eqx.filter_jit, compiler_options=QUICK)
     def hidden(network, t, x, args):
         return network.hidden(t, x, args, block=block)
 
@@ -337,7 +340,7 @@ def test_dit_starts_as_the_paper_says():
     """Output 0, each block the identity; Xavier-uniform maps, N(0, 0.02^2) embeddings, biases 0."""
     size = nn.TransformerSize(patch=2, width=128, depth=2, heads=2)
 
-    @eqx.filter_jit
+    @functools.partial(eqx.filter_jit, compiler_options=QUICK)
     def start(t, x, label):
         network = nn.DiT(2, size, num_classes=99, context_dim=50, key=jax.random.key(1))
         return network, network.hidden(t, x, label, block=2)
@@ -360,7 +363,8 @@ def test_dit_starts_as_the_paper_says():
 
 def test_uvit_starts_as_the_paper_says():
     size = nn.TransformerSize(patch=2, width=64, depth=5, heads=2)
-    network = eqx.filter_jit(lambda: nn.UViT((3, 8, 8), size, num_classes=9, key=jax.random.key(1)))()
+    start = functools.partial(nn.UViT, (3, 8, 8), size, num_classes=9, key=jax.random.key(1))
+    network = eqx.filter_jit(start, compiler_options=QUICK)()
     maps = (network.first, network.last, network.up.skip, network.down.second, network.middle.attention.out)
     for weight in (network.position, *(one.weight for one in maps)):
         np.testing.assert_allclose(np.std(weight), 0.02, rtol=5 / np.sqrt(2 * weight.size))
