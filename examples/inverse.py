@@ -1,7 +1,45 @@
 """Inverse problems: one flow, trained without them, fills in, sharpens and enlarges images.
 
-python examples/inverse.py            # about 4 minutes on 2 CPU cores
-python examples/inverse.py --smoke    # everything tiny: a check that it runs
+    python examples/inverse.py            # about 5 minutes on 2 CPU cores
+    python examples/inverse.py --smoke    # everything tiny: a check that it runs
+
+Needs `pip install "flowsolve[examples]"`. Digits of scikit-learn, and patches of the two photographs that come with it:
+nothing is downloaded. Half of the pixels, all of them blurred, or the means of 2 x 2 are measured with noise; a flow of
+each kind of images, given that, draws the rest. Their peak signal-to-noise ratio, of one draw and of the mean of eight,
+beside the smallest solution (pseudo-inverse); the strength of each method was chosen on such images. Expect about:
+
+    PSNR in dB                                  a draw  mean of 8
+    digits, inpainting          pseudo-inverse    10.2
+                                RePaint           20.3     21.0
+                                DPS               20.3     21.4
+                                PiGDM             20.0     21.5
+                                MMPS              20.4     21.6
+    digits, deblurring          pseudo-inverse     5.2
+                                DPS               19.2     20.9
+                                PiGDM             20.2     21.6
+                                MMPS              19.8     21.4
+    digits, super-resolution    pseudo-inverse    13.1
+                                DPS               17.1     19.0
+                                PiGDM             15.0     17.4
+                                MMPS              16.0     18.3
+    patches, inpainting         pseudo-inverse    11.4
+                                RePaint           23.1     23.7
+                                DPS               22.5     23.8
+                                PiGDM             23.1     24.1
+                                MMPS              22.9     22.9
+    patches, deblurring         pseudo-inverse     5.4
+                                DPS               22.8     24.2
+                                PiGDM             25.5     26.6
+                                MMPS              25.1     26.1
+    patches, super-resolution   pseudo-inverse    23.7
+                                DPS               22.1     23.5
+                                PiGDM             23.1     24.1
+                                MMPS              23.2     24.2
+
+(A mean has fewer errors than a draw, which is as sharp as an image; so for enlarged patches a draw is behind the
+pseudo-inverse.)
+
+Written to `outputs/inverse/`: what was measured, the truth, two draws and the mean, inverse.png.
 """
 
 import argparse
@@ -213,7 +251,7 @@ def solve(flow: fs.AbstractFlow, images: tuple, problem: str, kind: str, size: S
 
 
 def draw_picture(results: list[Result], rows: int, file: Path) -> None:
-    """For each problem a block: a column for each way to look at the images of the most contrast."""
+    """For each problem a block: a column for each way to look at some images of more contrast than most."""
     names = ["measured", *results[0].columns]
     across = min(3, len(results))
     down = -(-len(results) // across)
@@ -223,7 +261,7 @@ def draw_picture(results: list[Result], rows: int, file: Path) -> None:
         block.suptitle(result.title, fontsize=9)
         axes = block.subplots(rows, len(names), squeeze=False)
         truth = result.columns["truth"]
-        shown = np.argsort(-truth.std(axis=(1, 2)).mean(axis=1))[:rows]
+        shown = np.argsort(-truth.std(axis=(1, 2)).mean(axis=1))[:: max(1, len(truth) // (2 * rows))][:rows]
         for column, images in enumerate((result.measured, *result.columns.values())):
             axes[0, column].set_title(names[column], fontsize=7)
             for axis, chosen in zip(axes[:, column], shown, strict=True):
