@@ -109,10 +109,12 @@ class TrainingDiverged(FloatingPointError):
         self.state = state
 
 
-@eqx.filter_jit
-def _copy(tree: PyTree) -> PyTree:
+def _copied(tree: PyTree) -> PyTree:
     """The same tree in buffers of its own, which no other tree shares, and with strong types."""
     return jax.tree.map(lambda x: jnp.array(x, x.dtype, copy=True) if eqx.is_array(x) else x, tree)
+
+
+_copy = eqx.filter_jit(_copied)
 
 
 def init(
@@ -230,10 +232,10 @@ class _Record(NamedTuple):
         return _Record(losses, sums, weights, self.number + 1)
 
 
-@eqx.filter_jit
 def _empty_record(every: int, layout: Layout | None) -> _Record:
-    bins = jnp.zeros((_BINS,), float)
-    record = _Record(jnp.zeros((every,), float), bins, bins, jnp.zeros((), jnp.int32))
+    # Buffers of their own, as they are donated.
+    sums, weights = jnp.zeros((_BINS,), float), jnp.zeros((_BINS,), float)
+    record = _Record(jnp.zeros((every,), float), sums, weights, jnp.zeros((), jnp.int32))
     return record if layout is None else layout.on_all(record)
 
 
@@ -276,16 +278,50 @@ def _compiled_step(static: _Static) -> Callable[[list[Any], list[Any], list[Any]
     return step
 
 
+class _Yielded(NamedTuple):
+    """What a yield needs besides the state that the last step left."""
+
+    carried: list[Array]  # a copy of that state, with which to go on, and an empty record
+    losses: Float[Array, " every"]
+    finite_losses: Array
+    finite_parameters: Array
+    by_time: Array  # whether the loss has been measured by time
+    metrics: dict[str, Array]
+
+
+@lru_cache(maxsize=64)
+def _compiled_yield(static: _Static) -> Callable[[list[Any]], _Yielded]:
+    """All that a yield computes, in one program, as the device waits for the host meanwhile."""
+    (carried_structure, carried_rest), layout = static.value
+
+    @jax.jit
+    def yielded(carried: list[Any]) -> _Yielded:
+        state, record = eqx.combine(jax.tree.unflatten(carried_structure, carried), carried_rest)
+        measured = jnp.arange(len(record.losses)) < record.number
+        number = record.number.astype(record.losses.dtype)
+        counted = record.weights > 0
+        by_t = jnp.where(counted, record.sums / jnp.where(counted, record.weights, 1), jnp.nan)
+        return _Yielded(
+            jax.tree.leaves(eqx.filter((_copied(state), _empty_record(len(record.losses), layout)), eqx.is_array)),
+            record.losses,
+            jnp.all(jnp.isfinite(record.losses) | ~measured),
+            all_finite(eqx.filter(state.flow, eqx.is_inexact_array)),
+            jnp.any(counted),
+            {
+                "loss": as_scalar(jnp.sum(jnp.where(measured, record.losses, 0)) / number),
+                "loss_by_t": by_t.astype(float),
+                "t_edges": _edges(state.flow.path),
+            },
+        )
+
+    return yielded
+
+
 def _arrays_and_rest(tree: PyTree) -> tuple[list[Array], tuple[Any, PyTree]]:
     """The arrays of a tree; their structure, and the tree without them."""
     arrays, rest = eqx.partition(tree, eqx.is_array)
     leaves, structure = jax.tree.flatten(arrays)
     return leaves, (structure, rest)
-
-
-@eqx.filter_jit
-def _finite_parameters(flow: AbstractFlow) -> Array:
-    return all_finite(eqx.filter(flow, eqx.is_inexact_array))
 
 
 def fit(
@@ -401,11 +437,8 @@ def _run(
     good, unread = state, 0
     every = min(every, steps)
 
-    def carry(state: TrainState) -> tuple[list[Array], tuple[Any, PyTree]]:
-        """A copy of a state, and an empty record."""
-        return _arrays_and_rest((_copy(_unmeasured(state)), _empty_record(every, layout)))
-
-    carried, carried_rest = carry(state)
+    carried, carried_rest = _arrays_and_rest((_copy(_unmeasured(state)), _empty_record(every, layout)))
+    yielded_of = _compiled_yield(_Static((carried_rest, layout)))
     setting_arrays, setting_rest = _arrays_and_rest(setting)
     begun = done = int(state.step)
     checked = _checked_batches(batches, begun, steps, layout)
@@ -427,13 +460,12 @@ def _run(
                     bar.advance(loss, len(batch[0]))
             if unread and (problem is not None or done % every == 0 or done == steps):
                 # The only point at which the host waits for the device.
-                good = _finished(
-                    *eqx.combine(jax.tree.unflatten(carried_rest[0], carried), carried_rest[1]), done, good
-                )
-                unread = 0
+                trained = eqx.combine(jax.tree.unflatten(carried_rest[0], carried), carried_rest[1])[0]
+                yielded = yielded_of(carried)
+                good = _finished(trained, yielded, unread, done, good)
+                carried, unread = yielded.carried, 0
                 if bar is not None:
                     bar.show(good)
-                carried = carry(good)[0]
                 yield good
     except (ValueError, RuntimeError) as error:
         # What `eqx.error_if` says inside a compiled step comes wrapped in what its callback went through.
@@ -490,31 +522,26 @@ def _as_batch(batch: Any, *, checked: bool) -> tuple[PyTree, Args]:
     return x, args
 
 
-def _finished(state: TrainState, record: _Record, done: int, good: TrainState) -> TrainState:
-    """The state to yield after `done` steps, with what was measured since the last; raises unless all is finite."""
-    record = jax.device_get(record)
-    values = record.losses[: int(record.number)].astype(np.float64)
-    first = done - len(values) + 1
-    good_step = int(good.step)
-    kept = f"The last good state, after {good_step} steps, is the exception's `state`."
-    advice = (
-        "Lower the learning rate, clip gradients (optax.clip_by_global_norm), or look in the batches for NaN, labels "
-        "out of range and negative weights."
+def _finished(state: TrainState, yielded: _Yielded, unread: int, done: int, good: TrainState) -> TrainState:
+    """The state to yield after `done` steps, `unread` of them since the last; raises unless all is finite."""
+    finite_losses, finite_parameters, by_time = jax.device_get(
+        (yielded.finite_losses, yielded.finite_parameters, yielded.by_time)
     )
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
-        step = first + int(bad[0])
-        message = f"The loss is {values[bad[0]]} in step {step}. {kept} {advice}"
-        raise TrainingDiverged(message, step, good)
-    if not bool(_finite_parameters(state.flow)):
-        message = f"A parameter is infinite or NaN after step {done}, though the loss was finite. {kept} {advice}"
-        raise TrainingDiverged(message, done, good)
-    metrics = {"loss": as_scalar(values.mean())}
-    if record.weights.any():
-        counted = record.weights > 0
-        means = np.where(counted, record.sums / np.where(counted, record.weights, 1), np.nan)
-        metrics |= {"loss_by_t": jnp.asarray(means, metrics["loss"].dtype), "t_edges": _edges(state.flow.path)}
-    return eqx.tree_at(lambda s: s.metrics, state, metrics)
+    if not (finite_losses and finite_parameters):
+        kept = f"The last good state, after {int(good.step)} steps, is the exception's `state`."
+        advice = (
+            "Lower the learning rate, clip gradients (optax.clip_by_global_norm), or look in the batches for NaN, "
+            "labels out of range and negative weights."
+        )
+        if finite_losses:
+            message = f"A parameter is infinite or NaN after step {done}, though the loss was finite. {kept} {advice}"
+            raise TrainingDiverged(message, done, good)
+        values = jax.device_get(yielded.losses)[:unread]
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        step = done - unread + 1 + bad
+        raise TrainingDiverged(f"The loss is {values[bad]} in step {step}. {kept} {advice}", step, good)
+    metrics = yielded.metrics if by_time else {"loss": yielded.metrics["loss"]}
+    return TrainState(state.flow, state.averages, state.optimiser_state, state.step, state.key, metrics)
 
 
 class _ProgressBar:
