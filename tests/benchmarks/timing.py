@@ -20,14 +20,16 @@ def interleaved(
     """Seconds of one call of each competitor, measured once a round.
 
     Every call must wait for its own result (`jax.block_until_ready`). All have been called once before the clock
-    runs. A measurement is of as many calls on end as take `least` seconds, the same number for all, after one that is
-    not measured: another's threads may still spin. Each round begins with another competitor.
+    runs. A measurement is of as many calls on end as take `least` seconds, the same number for all, or of one call
+    with 0, after one that is not measured: another's threads may still spin. Each round begins with another competitor.
     """
-    spent = []
-    for call in competitors.values():
-        call()
-        spent.append(_seconds(call, 1))
-    repeats = max(1, round(least / max(spent)))
+    repeats = 1
+    if least:
+        spent = []
+        for call in competitors.values():
+            call()
+            spent.append(_seconds(call, 1))
+        repeats = max(1, round(least / max(spent)))
     names = list(competitors)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
