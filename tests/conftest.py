@@ -12,9 +12,12 @@ import os
 # Before JAX starts. The tolerances are those of float32 on a CPU, so that is where tests run unless
 # told otherwise: `JAX_PLATFORMS=cuda pytest -n 0`.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A test compiles for longer than it runs: a third of the time is saved by code that is optimised less.
+FASTER_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FASTER_TO_COMPILE}".strip()
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

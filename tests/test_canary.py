@@ -16,6 +16,10 @@ import pytest
 pytestmark = pytest.mark.quick
 
 
+# As users compile, and not as quickly as the other tests, see conftest.py.
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
+
 def square(y):
     return y**2
 
@@ -42,7 +46,7 @@ def test_vmapped_matvec_and_reduction(shape, jax_fn, numpy_fn, own_matrix):
     x = rng.normal(size=(batch, columns)).astype(np.float32)
 
     in_axes = (0 if own_matrix else None, 0)
-    got = jax.jit(jax.vmap(lambda w, x: jnp.sum(jax_fn(w @ x)), in_axes))(w, x)
+    got = jax.jit(jax.vmap(lambda w, x: jnp.sum(jax_fn(w @ x)), in_axes), compiler_options=OPTIMISED)(w, x)
 
     terms = numpy_fn(np.einsum("...rc,...c->...r", np.float64(w), np.float64(x)))
     # Relative to the sum of magnitudes: a sum of tanh may cancel.
