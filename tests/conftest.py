@@ -14,6 +14,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -42,3 +43,11 @@ def x64():
     """
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def untyped():
+    """Without jaxtyping's checks, which come before the library's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
