@@ -72,7 +72,8 @@ def invert(
       sqrt(alpha^2 + sigma^2); 16 ulp by default;
     - `throw`: whether a step that could not be inverted raises; if not, the answer is NaN.
 
-    **Returns:** the state at `t_start`, of the structure of `x_data`. It has derivatives of forward mode.
+    **Returns:** the state at `t_start`, of the structure of `x_data`. Its derivatives, of either mode, are those of the
+    exact solution of each step's equation, whatever the iterates; where that has none, NaN.
 
     A step onto sigma = 0 ends at the denoised prediction, which may not take the value `x_data` at all, or take it at
     several states, as may any step with strong guidance: then take more steps, or end above the clean data, at
@@ -150,7 +151,7 @@ def _invert(
 
         first = scale * target
         bound = tolerance.astype(target.dtype) * (_rms(first) + before.astype(target.dtype))
-        x, left = _anderson(residual, first, memory, iterations, bound)
+        x, left = _root(residual, first, memory, iterations, bound)
         return (x, solved & (left <= bound)), None
 
     rows = jnp.stack([ts[:-1], ts[1:]], axis=1), jax.tree.map(lambda leaf: leaf[:, None], settings.table)
@@ -162,6 +163,28 @@ def _invert(
 
 def _rms(x: Float[Array, " d"]) -> Scalar:
     return jnp.sqrt(jnp.mean(x**2))
+
+
+def _root(residual, first: Float[Array, " d"], memory: int, iterations: Int[Array, ""], bound: Scalar):
+    """The x where residual(x) = 0, by `_anderson`, and the root mean square that is left of it.
+
+    Derivatives are those of the solution, not of the iteration, which ends before they are right: with residual'(x) a
+    linear map L, those of x solve L dx = -d residual, by the same iteration.
+    """
+
+    def inverse(of, b):
+        size = _rms(b)
+        least = 16 * jnp.finfo(b.dtype).eps * size
+        solution, left = _anderson(lambda v: of(v) - b, -b, memory, iterations, least)
+        return jnp.where(left <= jnp.sqrt(jnp.finfo(b.dtype).eps) * size, solution, jnp.nan)
+
+    return jax.lax.custom_root(
+        residual,
+        first,
+        lambda residual, first: _anderson(residual, first, memory, iterations, bound),
+        lambda linear, b: jax.lax.custom_linear_solve(linear, b, inverse, transpose_solve=inverse),
+        has_aux=True,
+    )
 
 
 def _anderson(residual, first: Float[Array, " d"], memory: int, iterations: Int[Array, ""], bound: Scalar):

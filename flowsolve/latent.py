@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import check_key, check_positive, check_type, describe, is_concrete
+from ._checks import check, check_key, check_positive, check_state, check_type, describe, is_concrete, known
 from ._numerics import as_scalar, as_state, normal_like, state_like, tree_dot, tree_size
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .flow import AbstractFlow, AbstractFlowWrapper
@@ -57,6 +58,9 @@ class LatentFlow(AbstractFlowWrapper):
     - `flow`: any flow on latents;
     - `autoencoder`: any module as at the top of this page;
     - `shift`, `scale`: z = (u - shift) scale; plain numbers, which training leaves alone, see `standardised`.
+
+    **Raises:** `TypeError` for an autoencoder without these, `ValueError` for a shift or a scale that is not finite and
+    for a scale of 0.
     """
 
     flow: AbstractFlow
@@ -72,8 +76,12 @@ class LatentFlow(AbstractFlowWrapper):
                 f"LatentFlow got a {type(autoencoder).__name__} without {' and '.join(missing)}, but wants an "
                 "autoencoder with encode(x) -> (mean, log_std), decode(u) -> x and latent, the shape of u."
             )
-        if isinstance(scale, float | int) and not (scale != 0 and math.isfinite(scale)):
-            raise ValueError(f"LatentFlow got scale = {scale}, but wants a finite number, not 0.")
+        check_state(autoencoder.latent, "The autoencoder's latent")
+        for name, number in (("shift", shift), ("scale", scale)):
+            value = known(number)
+            if is_concrete(number) and not (value.ndim == 0 and np.isfinite(value) and (value != 0 or name == "shift")):
+                wanted = "one finite number" if name == "shift" else "one finite number, not 0"
+                raise ValueError(f"LatentFlow got {name} = {number}, but wants {wanted}.")
         self.flow, self.autoencoder, self.shift, self.scale = flow, autoencoder, shift, scale
 
     @property
@@ -136,13 +144,22 @@ def standardised(model: LatentFlow, x: State) -> LatentFlow:
 
     **Returns:** the model with other numbers. Not inside of a jit, as the numbers are plain ones.
 
+    **Raises:** `ValueError` inside of a jit, or for latents that are all the same or not finite.
+
     Source: Rombach et al. (2021), arXiv 2112.10752, whose factor is the scale, without a shift.
     """
+    check_type(model, LatentFlow, "model", "fs.latent.LatentFlow(flow, autoencoder)")
     means, log_stds = _posteriors(model, x)
     if not is_concrete(means):
         raise ValueError("standardised was called inside of a jit, but makes plain numbers: call it outside.")
     shift = jnp.mean(means)
     std = jnp.sqrt(jnp.mean((means - shift) ** 2) + jnp.mean(jnp.exp(2 * log_stds)))
+    # Of equal numbers rounding leaves a deviation as well.
+    if not 4 * jnp.finfo(means.dtype).eps * abs(float(shift)) < float(std) < math.inf:
+        raise ValueError(
+            f"The latents of {len(means)} examples have the standard deviation {float(std):g}, which no scale brings "
+            "to 1: give standardised examples that differ, and an autoencoder whose latents are finite."
+        )
     return LatentFlow(model.flow, model.autoencoder, shift=float(shift), scale=1 / float(std))
 
 
@@ -156,7 +173,16 @@ def labels(parameters: PyTree) -> PyTree:
 
     One optimiser for each part, or `optax.set_to_zero()` for one that is not to be trained, which a weight decay would
     otherwise move.
+
+    **Raises:** `TypeError` for the parameters of anything else.
     """
+
+    missing = [name for name in ("flow", "autoencoder") if not hasattr(parameters, name)]
+    if missing:
+        raise TypeError(
+            f"labels got a {type(parameters).__name__} without {' and '.join(missing)}, but wants the parameters of a "
+            "LatentFlow: train that, and guide or wrap it afterwards."
+        )
 
     def mark(name: str) -> PyTree:
         return jax.tree.map(lambda _: name, getattr(parameters, name))
@@ -192,6 +218,9 @@ def likelihood_bound(
     Source: Kingma & Welling (2013), arXiv 1312.6114; with a flow as the prior Vahdat, Kreis & Kautz (2021), arXiv
     2106.05931.
     """
+    check_type(model, LatentFlow, "model", "fs.latent.LatentFlow(flow, autoencoder)")
+    std = as_scalar(std)
+    std = check(std, ~(known(std) > 0), "likelihood_bound got std = {}, but wants a deviation > 0.", std)
     draw_key, density_key = jax.random.split(check_key(key, "a latent"))
     x = as_state(x)
     mean, log_std = model.posterior(x)
@@ -323,6 +352,8 @@ def _autoencoded(
     check_type(model, LatentFlow, "model", "fs.latent.LatentFlow(flow, autoencoder)")
     key = check_key(key, "a training loss")
     x = as_state(jax.tree.map(jnp.asarray, x))
+    if not all(jnp.shape(leaf)[:1] > (0,) for leaf in jax.tree.leaves(x)):
+        raise ValueError(f"x is {describe(x)}, but a loss wants a batch: a leading axis of at least one example.")
     size = tree_size(jax.tree.map(lambda leaf: leaf[0], x))
 
     def one(index: Array, x: State) -> tuple[Latent, Scalar, tuple[Latent, Latent]]:

@@ -120,7 +120,7 @@ class Measurement(eqx.Module):
                 raise ValueError(
                     "y was given twice, by Measurement and by args=Observed(y): leave it out of Measurement."
                 )
-            return args.y, args.args
+            return jax.tree.map(jnp.asarray, args.y), args.args
         if self.y is None:
             raise ValueError(
                 "The measurement has no y: give Measurement(operator, y), or each example its own with "
@@ -129,20 +129,31 @@ class Measurement(eqx.Module):
         return self.y, args
 
     def check_like(self, predicted: Measured, y: Measured) -> None:
-        """Raise unless what A returned has the structure, shapes and dtypes of y."""
+        """Raise unless what A returned, and the noise's covariance, have the structure, shapes and dtypes of y."""
         if describe(predicted) != describe(y):
             raise ValueError(
                 f"The operator of a Measurement returned {describe(predicted)} for one example, but y is "
                 f"{describe(y)}: make both of one structure, shape and dtype, without a batch axis (Observed takes a y "
                 "for each example)."
             )
+        if isinstance(self.covariance, lineax.AbstractLinearOperator):
+            structure = self.covariance.in_structure()
+            if describe(structure) != describe(y):
+                raise ValueError(
+                    f"The covariance of a Measurement is that of {describe(structure)}, but y is {describe(y)}: give "
+                    "an operator from the structure of y to itself."
+                )
 
     def noise_covariance(self, v: Measured) -> Measured:
         """The noise's covariance times v."""
         return _times(self.covariance, v)
 
     def log_likelihood(self, x_0: State, y: Measured) -> Scalar:
-        """ln p(y|x_0) of one example up to a constant: -|y - A(x_0)|^2/2 in the metric of the noise."""
+        """ln p(y|x_0) of one example up to a constant: -|y - A(x_0)|^2/2 in the metric of the noise.
+
+        **Raises:** `ValueError` for a measurement without noise, or if A's output is not shaped as y.
+        """
+        self.check_noisy("log_likelihood")
         predicted = self.operator(x_0)
         self.check_like(predicted, y)
         residual = jax.tree.map(jnp.subtract, y, predicted)

@@ -17,6 +17,7 @@ FASTER_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emi
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FASTER_TO_COMPILE}".strip()
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -45,3 +46,11 @@ def x64():
     """
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def untyped():
+    """Without jaxtyping's checks, which come before the library's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -150,7 +150,7 @@ def test_minibatch_plans_have_the_bridges_covariance():
 
 
 @pytest.mark.quick
-def test_what_it_does_not_offer_is_refused_by_type():
+def test_what_it_does_not_offer_is_refused_by_type(untyped):
     flow = bridge()
     without = fs.BridgeFlow(flow.network, SIGMA, flow.source)
     x = jnp.ones(2)
@@ -168,5 +168,7 @@ def test_what_it_does_not_offer_is_refused_by_type():
             fs.sample(flow, LIKE, **options, solver=solver)
     with pytest.raises(ValueError, match="score_weight = -1"):
         losses.BridgeRegression(couplings.Independent(), score_weight=-1.0)
+    with pytest.raises(TypeError, match="dropout is a float, but wants None or a"):
+        losses.BridgeRegression(couplings.Independent(), dropout=0.1)
     with pytest.raises(ValueError, match="sigma = 0"):
         fs.BridgeFlow(flow.network, 0.0, flow.source)

@@ -135,6 +135,43 @@ def test_inverse_of_ddim_in_closed_form(x64):
     np.testing.assert_allclose(np.concatenate([found["a"], found["b"][0]]), x, rtol=1e-12)
 
 
+def test_derivatives_of_an_inversion_against_finite_differences(x64):
+    """In the data, in a parameter of the flow and in the start, of both modes; with guidance."""
+    mixture = fs.testing.GaussianMixture(np.ones(2), np.array([[-1.0, 0.0], [1.0, 0.5]]), 0.4)
+    label = jnp.asarray(1, NULL.dtype)
+
+    def inverted(given):
+        return editing.invert(
+            guided(mixture, given[2]),
+            given[:2],
+            label,
+            solver=fs.solvers.DDIM(),
+            grid=fs.grids.Uniform(4),
+            t_start=given[3],
+            t_end=0.1,
+            tolerance=1e-14,
+        )
+
+    at, step = jnp.asarray([0.9, -0.2, 1.8, 0.9]), 1e-5
+    moved = jax.jit(jax.vmap(inverted))(at[None] + step * jnp.concatenate([jnp.eye(4), -jnp.eye(4)]))
+    exact = (moved[:4] - moved[4:]).T / (2 * step)
+    for mode in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(jax.jit(mode(inverted))(at), exact, rtol=1e-6)
+
+
+def test_derivatives_of_an_inversion_where_the_first_guess_is_exact():
+    """The origin is inverted to itself without an iteration. Its derivative is the closed form's all the same."""
+    std, steps = 0.5, 4
+    flow = fs.testing.Gaussian(jnp.zeros(2), std**2).flow(fs.paths.Linear(), fs.predictions.Velocity())
+    slope = 1.0
+    for t, s in itertools.pairwise(np.linspace(1, 0.1, steps + 1)):
+        gain = (1 - t) * std**2 / ((1 - t) ** 2 * std**2 + t**2)
+        slope /= s / t + ((1 - s) - (1 - t) * s / t) * gain
+    settings = {"solver": fs.solvers.DDIM(), "grid": fs.grids.Uniform(steps), "t_end": 0.1}
+    found = jax.jacfwd(lambda x: editing.invert(flow, x, **settings))(jnp.zeros(2))
+    np.testing.assert_allclose(found, slope * np.eye(2), rtol=1e-5, atol=1e-6)
+
+
 def test_acceleration_converges_where_the_plain_iteration_has_not():
     x, settings = data(MIXTURE), {"solver": fs.solvers.DDIM(), "grid": fs.grids.Uniform(10), "throw": False}
     flow = guided(MIXTURE, 2.0)

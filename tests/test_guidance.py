@@ -11,7 +11,6 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from members import REFERENCES, gaussian_truth, mixture_truth
@@ -631,6 +630,17 @@ def test_ends_of_the_path():
                 np.testing.assert_allclose(value[3], value[2], atol=3e-2 * scale, err_msg=f"{kind} at the noise")
 
 
+@pytest.mark.parametrize("zero_above", [None, 0.96])
+def test_zero_star_of_a_score_at_the_data(zero_above):
+    """All velocities are -x at t = 0 of `Linear`; the limit is s c + (1 - s) (u + x <c - u, x>/|x|^2)."""
+    flow = oracle().flow(paths.Linear(), predictions.Score())
+    made = CFG(flow, 3.0, rule=guidance.ZeroStar(zero_above))
+    value, slope = jax.jit(jax.value_and_grad(lambda x: made.output(0.0, x, LABEL)[0]))(X)
+    c, u, x = (np.float64(v) for v in (flow.output(0.0, X, LABEL), flow.output(0.0, X, NULL), X))
+    np.testing.assert_allclose(value, (3 * c - 2 * (u + x * ((c - u) @ x) / (x @ x)))[0], rtol=1e-5)
+    assert np.all(np.isfinite(slope))
+
+
 def test_a_flow_without_a_score_is_mixed_but_given_none():
     """Mixtures of velocities need no score; what adds to one refuses."""
     source = fs.sources.CoupledNormal()
@@ -649,14 +659,6 @@ def test_a_flow_without_a_score_is_mixed_but_given_none():
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def untyped():
-    """Without jaxtyping's checks, which come before the library's own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.quick
@@ -701,6 +703,26 @@ def test_bad_input_is_named(untyped):
             lambda: guidance.AddedScore(flow, lambda t, x, args, *, key=None: jnp.zeros(3)).velocity(T, X),
         ),
         (TypeError, "threshold of type float", lambda: guidance.Thresholded(flow, 1.0)),
+        *(
+            (TypeError, rf"{name}'s flow is a function, but wants an AbstractFlow", make)
+            for name, make in {
+                "ClassifierFree": lambda: CFG(pushing, 2.0),
+                "Autoguidance": lambda: guidance.Autoguidance(pushing, flow, 2.0),
+                "Composed": lambda: guidance.Composed(pushing, [1.0], NULL),
+                "AddedScore": lambda: guidance.AddedScore(pushing, pushing),
+                "Thresholded": lambda: guidance.Thresholded(pushing, guidance.Clip()),
+            }.items()
+        ),
+        (TypeError, "scale is a str, but wants a number or a schedule", lambda: CFG(flow, "3")),
+        (TypeError, "scale is a NoneType", lambda: guidance.Interval(None, 0.2, 0.8)),
+        (TypeError, "variable of type str", lambda: guidance.Interval(2.0, 0.2, 0.8, variable="sigma")),
+        (TypeError, "energy of type float", lambda: guidance.Gradient(1.0)),
+        (
+            TypeError,
+            "from_weight got a schedule",
+            lambda: guidance.ClassifierFree.from_weight(flow, guidance.Linear(0.0, 1.0), NULL),
+        ),
+        (TypeError, "Autoguidance's weak is a function", lambda: guidance.Autoguidance(flow, pushing, 2.0)),
         (ValueError, "low = 1 and high = -1", lambda: guidance.Clip(1.0, -1.0)),
         (ValueError, "quantile = 99.5", lambda: guidance.DynamicThreshold(99.5)),
     ]:

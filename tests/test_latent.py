@@ -268,12 +268,19 @@ def test_a_loss_of_an_example_depends_on_its_place_and_key_alone():
 
 
 @pytest.mark.quick
-def test_bad_input_is_named():
+def test_bad_input_is_named(untyped):
     x = jnp.zeros(3)
     with pytest.raises(TypeError, match="without encode and latent"):
         latent.LatentFlow(FLOW, type("Half", (), {"decode": None})())
     with pytest.raises(ValueError, match="scale = 0"):
         latent.LatentFlow(FLOW, exact_autoencoder(), scale=0.0)
+    for scale in (np.float32(0), jnp.asarray(jnp.inf), jnp.ones(2)):
+        with pytest.raises(ValueError, match=r"scale = .*wants one finite number, not 0"):
+            latent.LatentFlow(FLOW, exact_autoencoder(), scale=scale)
+    with pytest.raises(TypeError, match="autoencoder's latent holds a int"):
+        latent.LatentFlow(FLOW, eqx.tree_at(lambda e: e.latent, exact_autoencoder(), (2,)))
+    with pytest.raises(ValueError, match="shift = nan"):
+        latent.LatentFlow(FLOW, exact_autoencoder(), shift=jnp.nan)
     with pytest.raises(ValueError, match="wants mean and log_std each of the shape"):
         wrong = eqx.tree_at(lambda e: e.log_std, exact_autoencoder(), jnp.zeros(3))
         latent.LatentFlow(FLOW, wrong).encode(x)
@@ -282,7 +289,25 @@ def test_bad_input_is_named():
         latent.Autoencoding(STD)(latent.LatentFlow(FLOW, wrong), x[None], key=KEY)
     with pytest.raises(ValueError, match="std = 0"):
         latent.Autoencoding(0.0)
+    for batch in (jnp.zeros((0, 3)), jnp.zeros(())):
+        with pytest.raises(ValueError, match="a leading axis of at least one example"):
+            latent.Autoencoding(STD)(MODEL, batch, key=KEY)
     with pytest.raises(ValueError, match="weight >= 0"):
         latent.Autoencoding(STD, beta=-1.0)
     with pytest.raises(ValueError, match="inside of a jit"):
         eqx.filter_jit(latent.standardised)(MODEL, x[None])
+    with pytest.raises(ValueError, match=r"standard deviation .*, which no scale brings to 1"):
+        values = jnp.zeros((2, 3)), jnp.full(2, 0.3), jnp.full(2, -jnp.inf)
+        constant = eqx.tree_at(lambda e: (e.gain, e.offset, e.log_std), exact_autoencoder(), values)
+        latent.standardised(latent.LatentFlow(FLOW, constant), jnp.zeros((4, 3)))
+    for std in (0.0, -1.0, jnp.nan):
+        with pytest.raises(ValueError, match=r"std = .*wants a deviation > 0"):
+            latent.likelihood_bound(MODEL, x, std=std, key=KEY)
+    for call in (
+        lambda: latent.likelihood_bound(FLOW, x, std=STD, key=KEY),
+        lambda: latent.standardised(FLOW, x[None]),
+    ):
+        with pytest.raises(TypeError, match=r"model is a OracleFlow, but wants fs\.latent\.LatentFlow"):
+            call()
+    with pytest.raises(TypeError, match="labels got a Thresholded without autoencoder"):
+        latent.labels(eqx.filter(fs.guidance.Thresholded(MODEL, fs.guidance.Clip()), eqx.is_array))

@@ -6,7 +6,6 @@ import itertools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from members import PATHS, PREDICTIONS, REFERENCES
@@ -656,6 +655,17 @@ def test_hybrid(x64):
         losses.Hybrid(Regression())
 
 
+def test_hybrid_at_the_last_point_of_a_grid_that_ends_in_noise():
+    """No step leaves it, so no variance is drawn with: what is left is the loss of the output."""
+    flow = fs.flow.VarianceFlow(VarianceNet(Net(), jnp.ones(3)), LINEAR, predictions.Noise())
+    loss = losses.Hybrid(Regression(times=times.Given([0.9, 0.5, 0.1])))
+    x0, eps = (jnp.asarray(x, jnp.float32) for x in pair())
+    of = eqx.filter_jit(eqx.filter_value_and_grad(lambda flow, loss: loss.one(flow, x0, t=0.1, noise=eps)))
+    value, gradient = of(flow, loss)
+    np.testing.assert_allclose(value, of(flow, loss.simple)[0], rtol=1e-6)
+    np.testing.assert_array_equal(gradient.network.nu, np.zeros(3))
+
+
 def test_the_optimal_variance_of_a_gaussian_is_the_exact_one():
     """The gradient in nu vanishes where v is the variance of x_s given x_t in the solver's step, and not near it."""
     path, std = paths.Linear(), 0.4
@@ -773,14 +783,6 @@ def test_new_values_do_not_retrace():
         )
         flow = eqx.tree_at(lambda f: f.network.bias, VELOCITY, jnp.full(3, 0.1 * i))
         value(loss, flow, jax.random.key(i), jnp.full(5, 1.0 + i), jnp.full((5, 3), i == 0))
-
-
-@pytest.fixture
-def untyped():
-    """Without jaxtyping's checks, which come before the library's own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.quick

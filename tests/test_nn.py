@@ -321,9 +321,13 @@ def test_computes_in_the_dtype_of_its_parameters(network):
     assert not jnp.array_equal(half.time_embedding(jnp.float32(0.3)), half.time_embedding(jnp.float32(0.3005)))
 
 
-def test_wrong_calls_are_refused(network, plain):
+def test_wrong_calls_are_refused(network, plain, untyped):
     with pytest.raises(ValueError, match=r"batch with jax.vmap"):
         network(T, jnp.ones((2, 3, 2)), LABEL)
+    with pytest.raises(TypeError, match="must be floating point"):
+        network(T, jnp.ones((3, 2), int), LABEL)
+    with pytest.raises(ValueError, match=r"time_embedding of shape \(\), but wants an array with one axis"):
+        nn.ResidualMLP(LIKE, time_embedding=lambda t: t, key=jax.random.key(0))
     with pytest.raises(ValueError, match="build it with num_classes"):
         plain(T, jnp.ones(7), LABEL)
     with pytest.raises(ValueError, match="build it with num_classes"):

@@ -476,7 +476,7 @@ def test_autoencoders_compute_in_the_dtype_of_their_parameters():
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def test_wrong_calls_are_refused(fresh):
+def test_wrong_calls_are_refused(fresh, untyped):
     for x in (jnp.ones((3, 7, 5)), jnp.ones((2, 0, 3))):
         with pytest.raises(ValueError, match="UNet got"):
             fresh(T, x, CONDITION)
@@ -501,6 +501,17 @@ def test_wrong_calls_are_refused(fresh):
         vae.encode(jnp.ones((2, 7, 6)))
     with pytest.raises(ValueError, match=r"ONE of shape \(3, 2, 2\)"):
         vae.decode(jnp.ones((1, 3, 2, 2)))
+    # Of integers, such as an image of bytes, the latent would be rounded to integers as well.
+    image = jnp.ones((2, 7, 5), jnp.uint8)
+    vector = nn.MLPVAE(jnp.ones(3), latent_dim=2, width=4, key=jax.random.key(0))
+    for call in (
+        lambda: vae.encode(image),
+        lambda: vae.decode(jnp.ones((3, 2, 2), int)),
+        lambda: vector.encode(jnp.ones(3, int)),
+        lambda: vector.decode(jnp.ones(2, int)),
+    ):
+        with pytest.raises(TypeError, match="must be floating point"):
+            call()
     with pytest.raises(ValueError, match="70 elements"):
         nn.MLPVAE(jnp.ones(3), latent_dim=2, width=4, key=jax.random.key(0)).encode(X)
 

@@ -584,7 +584,7 @@ def test_a_variance_beside_the_output(dit, results):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_calls_are_refused(networks):
+def test_wrong_calls_are_refused(networks, untyped):
     dit, rotary, uvit = (networks[name] for name in ("dit_with_context", "dit_rotary", "uvit"))
     for x in (jnp.ones((2, 5, 6)), jnp.ones((2, 4, 7))):
         with pytest.raises(ValueError, match=r"patches of 2 x 2 do not cover: pad or crop it to multiples of 2"):
@@ -594,6 +594,10 @@ def test_wrong_calls_are_refused(networks):
             rotary(T[0], jnp.asarray(x))
     with pytest.raises(ValueError, match=r"ONE image of shape \(2, 4, 6\)"):
         uvit(T[0], jnp.ones((2, 6, 4)))
+    with pytest.raises(TypeError, match="must be floating point"):
+        uvit(T[0], jnp.ones((2, 4, 6), int))
+    with pytest.raises(TypeError, match=r"mask of int32\[2\], but wants bools"):
+        nn.Condition(context=jnp.ones((2, 3)), mask=jnp.ones(2, jnp.int32))
     x = jnp.asarray(X[0])
     for network in (dit, rotary, uvit):
         for label in (-1, CLASSES + 1):
@@ -608,8 +612,16 @@ def test_wrong_calls_are_refused(networks):
                 network(T[0], x, nn.Condition(1, context))
     with pytest.raises(ValueError, match=r"built for \(4, 3\): pad it"):
         uvit(T[0], x, nn.Condition(1, jnp.ones((TOKENS + 1, CONTEXT))))
-    with pytest.raises(ValueError, match="takes no context"):
+    with pytest.raises(ValueError, match=r"takes no context.*build it with context_dim"):
         rotary(T[0], x, nn.Condition(1, CONTEXTS[0]))
+    plain = eqx.filter_eval_shape(lambda: nn.UViT(SHAPE, SIZE, key=jax.random.key(0)))
+    with pytest.raises(ValueError, match=r"takes no context.*build it with context_shape"):
+        plain(T[0], x, nn.Condition(context=CONTEXTS[0]))
+    for build in (nn.DiT, nn.UViT):
+        with pytest.raises(TypeError, match=rf"{build.__name__}'s size is a str, but wants a fs\.nn\.TransformerSize"):
+            build(SHAPE if build is nn.UViT else 2, "S/2", key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"\(tokens, width\) for a context"):
+        nn.UViT(SHAPE, SIZE, context_shape=5, key=jax.random.key(0))
     with pytest.raises(ValueError, match="bool for each of its tokens"):
         nn.Condition(1, CONTEXTS[0], MASKS[0, 1:])
     for block in (0, SIZE.depth + 1):

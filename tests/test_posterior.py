@@ -501,9 +501,19 @@ ERRORS = {
         ValueError,
         "both std and covariance",
     ),
+    "covariance of another size": (
+        lambda: MMPS(FLOW, Measurement(linear, Y, covariance=lineax.DiagonalLinearOperator(jnp.ones(3)))).score(0.5, X),
+        ValueError,
+        r"covariance of a Measurement is that of float32\[3\], but y is float32\[2\]",
+    ),
     "covariance as array": (lambda: Measurement(linear, Y, covariance=jnp.eye(2)), TypeError, "lineax"),
     "mmps without noise": (lambda: MMPS(FLOW, Measurement(linear, Y)), ValueError, "MMPS divides by the noise"),
     "pigdm without noise": (lambda: PiGDM(FLOW, Measurement(linear, Y)), ValueError, "PiGDM divides by the noise"),
+    "likelihood without noise": (
+        lambda: Measurement(linear, Y).log_likelihood(X, jnp.asarray(Y)),
+        ValueError,
+        "log_likelihood divides by the noise",
+    ),
     "particles without noise": (
         lambda: fs.particles.sample(DPS(FLOW, Measurement(linear, Y)), GAUSSIAN.like, num=4, key=jax.random.key(0)),
         ValueError,

@@ -59,6 +59,9 @@ class ClassifierFree(AbstractFlowWrapper):
         rule: AbstractRule | None = None,
         batched: bool = True,
     ):
+        check_type(
+            flow, AbstractFlow, "ClassifierFree's flow", "an AbstractFlow such as fs.Flow(network, path, prediction)"
+        )
         _check_rule(rule)
         self.flow = flow
         self.scale = as_scale(scale)
@@ -77,6 +80,10 @@ class ClassifierFree(AbstractFlowWrapper):
         batched: bool = True,
     ) -> "ClassifierFree":
         """For those who write (1 + w) c - w u: scale = 1 + weight."""
+        if callable(weight):
+            raise TypeError(
+                "from_weight got a schedule, but wants a number w: give ClassifierFree the schedule of 1 + w itself."
+            )
         return cls(flow, 1 + weight, null, rule=rule, batched=batched)
 
     def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
@@ -126,6 +133,12 @@ class Autoguidance(AbstractFlowWrapper):
         *,
         rule: AbstractRule | None = None,
     ):
+        check_type(
+            flow, AbstractFlow, "Autoguidance's flow", "an AbstractFlow such as fs.Flow(network, path, prediction)"
+        )
+        check_type(
+            weak, AbstractFlow, "Autoguidance's weak", "an AbstractFlow such as fs.Flow(network, path, prediction)"
+        )
         _check_rule(rule)
         self.flow = flow
         self.weak = weak
@@ -184,6 +197,7 @@ class Composed(AbstractFlowWrapper):
         *,
         batched: bool = True,
     ):
+        check_type(flow, AbstractFlow, "Composed's flow", "an AbstractFlow such as fs.Flow(network, path, prediction)")
         self.flow = flow
         self.scales = jnp.asarray(scales).astype(float)
         if self.scales.ndim != 1 or self.scales.size == 0:

@@ -142,14 +142,18 @@ class ZeroStar(AbstractRule):
         self, flow: AbstractFlow, t: Scalar, x: State, scale: Scalar, conditional: State, unconditional: State
     ) -> State:
         on_x, on_output, _ = _weights(flow, t, Velocity())
-        shift = _quotient(on_x, on_output)
-        velocities = [linear_combination((on_x, on_output), (x, output)) for output in (conditional, unconditional)]
-        square = as_scalar(tree_dot(velocities[1], velocities[1]))
-        fit = jnp.where(square == 0, 1, as_scalar(tree_dot(*velocities)) / jnp.where(square == 0, 1, square))
-        rest = 1 - scale
-        guided = linear_combination((scale, rest * fit, rest * (fit - 1) * shift), (conditional, unconditional, x))
+        velocity = linear_combination((on_x, on_output), (x, unconditional))
+        square = as_scalar(tree_dot(velocity, velocity))
+        difference = linear_combination((1, -1), (conditional, unconditional))
+        # s* - 1 in units of the output's weight, which may be 0 (of a score where sigma = 0), as then the shift is not.
+        excess = as_scalar(tree_dot(difference, velocity)) / jnp.where(square == 0, 1, square)
+        rest = (1 - scale) * jnp.where(square == 0, 0, excess)
+        guided = plain(scale, conditional, unconditional)
+        guided = linear_combination((1, rest * on_output, rest * on_x), (guided, unconditional, x))
         above = self.zero_above
         if above is None:
             return guided
-        still = linear_combination((-shift,), (x,))
+        # Where the output has no say in the velocity, none stands still.
+        mute = on_output == 0
+        still = linear_combination((jnp.where(mute, 0, -on_x / jnp.where(mute, 1, on_output)),), (x,))
         return jax.tree.map(lambda moving, rest: jnp.where(t > above, rest, moving), guided, still)

@@ -37,6 +37,11 @@ def as_scale(scale: ScalarLike | Schedule) -> Scalar | int | Schedule:
     """A schedule as it is, the numbers 0 and 1 as integers, which are static under a jit, any other as an array."""
     if callable(scale):
         return scale
+    if not eqx.is_array_like(scale):
+        raise TypeError(
+            f"A guidance scale is a {type(scale).__name__}, but wants a number or a schedule (path, t) -> number such "
+            "as fs.guidance.Linear(1.0, 4.0)."
+        )
     if isinstance(scale, int | float | np.number) and scale in (0, 1):
         return int(scale)
     return as_scalar(scale)
@@ -134,6 +139,11 @@ class Interval(eqx.Module):
         outside: ScalarLike = 1.0,
         variable: Schedule = time,
     ):
+        if not callable(variable):
+            raise TypeError(
+                f"Interval got a variable of type {type(variable).__name__}, but wants a callable (path, t) -> number "
+                "such as fs.guidance.noise_level."
+            )
         self.inside = as_scale(inside)
         self.low, high = as_scalar(low), as_scalar(high)
         self.high = check(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check, describe, is_concrete, known
+from .._checks import check, check_type, describe, is_concrete, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
 from ..flow import AbstractFlow, AbstractFlowWrapper, check_has_score
@@ -56,6 +56,9 @@ class AddedScore(AbstractFlowWrapper):
     scale: Scalar | int | Schedule
 
     def __init__(self, flow: AbstractFlow, score: Callable[..., State], scale: ScalarLike | Schedule = 1.0):
+        check_type(
+            flow, AbstractFlow, "AddedScore's flow", "an AbstractFlow such as fs.Flow(network, path, prediction)"
+        )
         check_has_score(flow, "AddedScore, which adds to a score,")
         if not callable(score):
             raise TypeError(
@@ -122,6 +125,13 @@ class Gradient(eqx.Module):
     """
 
     energy: Callable[..., Scalar]
+
+    def __check_init__(self):
+        if not callable(self.energy):
+            raise TypeError(
+                f"Gradient got an energy of type {type(self.energy).__name__}, but wants a callable (t, x, args, *, "
+                "key=None) -> scalar."
+            )
 
     def __call__(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         """The gradient at (t, x), one example."""

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._checks import check, known
+from .._checks import check, check_type, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
 from ..flow import AbstractFlow, AbstractFlowWrapper
@@ -35,6 +35,9 @@ class Thresholded(AbstractFlowWrapper):
     threshold: Callable[[State], State]
 
     def __check_init__(self):
+        check_type(
+            self.flow, AbstractFlow, "Thresholded's flow", "an AbstractFlow such as fs.Flow(network, path, prediction)"
+        )
         if not callable(self.threshold):
             raise TypeError(
                 f"Thresholded got a threshold of type {type(self.threshold).__name__}, but wants a callable "

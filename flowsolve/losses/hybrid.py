@@ -129,13 +129,14 @@ def _divergence(
     noise: State,
     mask: PyTree | None,
 ) -> Scalar:
-    """The mean over elements of KL(q(x_s|x_t, x_0), p(x_s|x_t)), s = target; 0 where sigma_s = 0."""
+    """The mean over elements of KL(q(x_s|x_t, x_0), p(x_s|x_t)), s = target; 0 where no noise is drawn."""
     path = flow.path
     kept, fresh = path.noise_split(target, t)
     alpha, sigma = path.coefficients(target)
-    clean = sigma == 0
-    width = jnp.where(clean, 1, sigma * fresh)
-    log_ratio = jnp.log(path.coefficients(t)[1] / jnp.where(clean, 1, sigma))
+    # Onto sigma = 0 no noise is drawn, and at the last point of the grid there is no step.
+    drawn = (sigma > 0) & (fresh > 0)
+    width = jnp.where(drawn, sigma * fresh, 1)
+    log_ratio = jnp.log(path.coefficients(t)[1] / jnp.where(drawn, sigma, 1))
     # The error of the mean, in standard deviations of q, from that of the output.
     a, b, c = flow.prediction.coefficients(path, t)
     scale = error_scale(path, t, (a, b), (alpha, sigma * kept, jnp.ones_like(t))) / width
@@ -146,7 +147,7 @@ def _divergence(
         return 0.5 * (log_variances + jnp.expm1(-log_variances) + jnp.exp(-log_variances) * error**2)
 
     terms = jax.tree.map(element, error, nu)
-    return jnp.where(clean, 0, mean_of(_itself, jnp.ones_like(t), terms, mask))
+    return jnp.where(drawn, mean_of(_itself, jnp.ones_like(t), terms, mask), 0)
 
 
 def _itself(term: Array) -> Array:

@@ -256,6 +256,8 @@ class BridgeRegression(eqx.Module):
     def __check_init__(self):
         check_type(self.coupling, AbstractCoupling, "coupling", "an instance such as fs.couplings.Assignment()")
         check_type(self.times, AbstractTimes, "times", "an instance such as fs.times.Uniform()")
+        if self.dropout is not None:
+            check_type(self.dropout, ConditionDropout, "dropout", "None or a fs.losses.ConditionDropout(0.1, null)")
         if is_concrete(self.score_weight) and not float(self.score_weight) >= 0:
             raise ValueError(f"BridgeRegression got score_weight = {float(self.score_weight):g}, but wants it >= 0.")
 

@@ -26,7 +26,7 @@ class Condition(eqx.Module):
     - `mask`: which tokens of the context exist, bools of shape (tokens,); all by default. What a token that does not
       exist holds is not seen.
 
-    **Raises:** `ValueError` for a mask without a context or of another number of tokens.
+    **Raises:** `ValueError` for a mask without a context or of another length, `TypeError` for one of numbers.
     """
 
     label: Int[Array, "..."] | None
@@ -44,6 +44,11 @@ class Condition(eqx.Module):
         if self.context is not None and mask is None:
             mask = jnp.ones(self.context.shape[:-1], bool)
         self.mask = None if mask is None else jnp.asarray(mask)
+        if self.mask is not None and self.mask.dtype != bool:
+            raise TypeError(
+                f"Condition got a mask of {describe(self.mask)}, but wants bools, True where a token exists: compare "
+                "it with 0."
+            )
         tokens = None if self.context is None else self.context.shape[:-1]
         if self.mask is not None and self.mask.shape != tokens:
             raise ValueError(
@@ -52,10 +57,13 @@ class Condition(eqx.Module):
             )
 
 
-def as_condition(args: object, labels: LabelEmbedding | None, context_dim: int | None, owner: str) -> Condition:
+def as_condition(
+    args: object, labels: LabelEmbedding | None, context_dim: int | None, owner: str, option: str = "context_dim"
+) -> Condition:
     """`args` as the condition of one example, with a label and a context exactly where the network takes them.
 
-    A missing label is the null label, a missing context one token that does not exist.
+    A missing label is the null label, a missing context one token that does not exist. `option` is the argument of the
+    owner that builds it with a context.
 
     **Raises:** `ValueError` for what the network does not take, or takes in another width; `TypeError` for `args` that
     are no condition.
@@ -68,8 +76,7 @@ def as_condition(args: object, labels: LabelEmbedding | None, context_dim: int |
         )
     if context_dim is None and context is not None:
         raise ValueError(
-            f"This {owner} takes no context, but got one of {describe(context)}: build it with context_dim, or pass "
-            "none."
+            f"This {owner} takes no context, but got one of {describe(context)}: build it with {option}, or pass none."
         )
     if context is not None and (context.ndim != 2 or context.shape[-1] != context_dim):
         raise ValueError(

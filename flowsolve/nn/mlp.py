@@ -70,7 +70,8 @@ class ResidualMLP(eqx.Module):
     Called with `t`: a scalar; `x`: one example like `like`; `args`: an integer label, `null_label` among them, or None
     for no label; `key`: for dropout, which is off without one. Returns a state like x: zeros, until it is trained.
 
-    **Raises:** `ValueError` if x has another number of elements than `like`, or a label is given to a network without.
+    **Raises:** `ValueError` if x has another number of elements than `like`, or a label is given to a network without;
+    `TypeError` if x is not floating point.
     """
 
     time_embedding: Callable[[Scalar], Array]
@@ -106,7 +107,13 @@ class ResidualMLP(eqx.Module):
             )
         key_embed, key_label, key_first, key_blocks, key_modulation, key_last = jax.random.split(key, 6)
         size = tree_size(like)
-        (time_dim,) = jax.eval_shape(time_embedding, as_scalar(0.0)).shape
+        time_shape = jax.eval_shape(time_embedding, as_scalar(0.0)).shape
+        if len(time_shape) != 1:
+            raise ValueError(
+                f"ResidualMLP got a time_embedding of shape {time_shape}, but wants an array with one axis: "
+                "SinusoidalEmbedding(64), or lambda t: t[None]."
+            )
+        (time_dim,) = time_shape
         self.time_embedding = time_embedding
         self.label_embedding = (
             None if num_classes is None else LabelEmbedding(num_classes, embedding_dim, key=key_label)
@@ -145,6 +152,7 @@ class ResidualMLP(eqx.Module):
         key: PRNGKey | None = None,
     ) -> State:
         """The output at (t, x), one example."""
+        check_state(x, "x")
         flat, unravel = ravel_pytree(x)
         if flat.size != self.first.in_features:
             raise ValueError(

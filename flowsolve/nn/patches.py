@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from .._checks import describe
+from .._checks import check_type, describe
 
 __all__ = ["TransformerSize"]
 
@@ -35,6 +35,7 @@ class TransformerSize(NamedTuple):
 
 def check_size(size: TransformerSize, owner: str) -> None:
     """Raise unless the sizes fit together."""
+    check_type(size, TransformerSize, f"{owner}'s size", f'a fs.nn.TransformerSize, such as {owner}.SIZES["S/2"]')
     if min(size.patch, size.width, size.depth, size.heads, size.hidden) < 1 or size.width % size.heads:
         raise ValueError(
             f"{owner} got {size}, but wants sizes >= 1 and a number of heads that divides the width: see {owner}.SIZES."

@@ -22,9 +22,10 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._checks import check_key, describe
+from .._checks import check_key, check_state, describe
 from .._numerics import as_scalar
 from .._types import PRNGKey, Scalar, ScalarLike
 from ._layers import held, over_tokens, redrawn, scan_blocks, stacked
@@ -155,10 +156,10 @@ class UViT(eqx.Module):
             )
         channels = shape[0]
         out_channels = channels if out_channels is None else out_channels
-        if min(*shape, out_channels, *(context_shape or (1,))) < 1:
+        if np.shape(context_shape or (1, 1)) != (2,) or min(*shape, out_channels, *(context_shape or (1, 1))) < 1:
             raise ValueError(
                 f"UViT got shape = {shape}, out_channels = {out_channels}, context_shape = {context_shape}, but wants "
-                "sizes >= 1."
+                "sizes >= 1, and (tokens, width) for a context."
             )
         rows, columns = check_image(jax.ShapeDtypeStruct(shape, float), channels, size.patch, "UViT")
         width, area, half = size.width, size.patch**2, (size.depth - 1) // 2
@@ -212,6 +213,7 @@ class UViT(eqx.Module):
     ) -> Float[Array, "out_channels height width"]:
         """The output at (t, x), one example."""
         del key
+        check_state(x, "x")
         if x.shape != self.shape:
             raise ValueError(
                 f"UViT got x of {describe(x)}, but was built for ONE image of shape {self.shape}: batch with jax.vmap, "
@@ -241,7 +243,7 @@ class UViT(eqx.Module):
         """All tokens before the first block, and which of them exist where some may not."""
         dtype = self.first.weight.dtype
         context_dim = None if self.context_shape is None else self.context_shape[1]
-        condition = as_condition(args, self.label_embedding, context_dim, "UViT")
+        condition = as_condition(args, self.label_embedding, context_dim, "UViT", "context_shape")
         parts = [self.time_embedding(as_scalar(t)).astype(dtype)[None]]
         if self.label_embedding is not None:
             assert condition.label is not None

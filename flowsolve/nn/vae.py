@@ -55,7 +55,7 @@ class MLPVAE(AbstractVAE):
     - `width` and `depth`: of the hidden layers of encoder and decoder; with depth 0 both are linear;
     - `key`: for the initial parameters.
 
-    **Raises:** `ValueError` for an example or a latent of another size.
+    **Raises:** `ValueError` for an example or a latent of another size, `TypeError` for one that is not floating point.
     """
 
     encoder: eqx.nn.MLP
@@ -82,6 +82,7 @@ class MLPVAE(AbstractVAE):
 
     def encode(self, x: State) -> tuple[Float[Array, " latent_dim"], Float[Array, " latent_dim"]]:
         """(mean, log of the standard deviation) of the latents of x."""
+        check_state(x, "x")
         flat, _ = ravel_pytree(x)
         if flat.size != self.encoder.in_size:
             raise ValueError(
@@ -115,7 +116,7 @@ class ConvolutionalVAE(AbstractVAE):
     - `blocks`: residual blocks of a level, in the encoder and in the decoder;
     - `key`: for the initial parameters.
 
-    **Raises:** `ValueError` for an image or a latent of another shape.
+    **Raises:** `ValueError` for an image or a latent of another shape, `TypeError` for one that is not floating point.
 
     Source: Rombach et al. (2021), arXiv 2112.10752. Deviations: no attention, as many blocks on the way up as on the
     way down, and no adversarial loss anywhere.
@@ -158,6 +159,7 @@ class ConvolutionalVAE(AbstractVAE):
 
     def encode(self, x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """(mean, log of the standard deviation) of the latents of x."""
+        check_state(x, "x")
         if x.shape != self.shape:
             raise ValueError(
                 f"ConvolutionalVAE got x of {describe(x)}, but was built for ONE image of shape {self.shape}: batch "
@@ -244,6 +246,7 @@ def _dtype(module: eqx.Module) -> jnp.dtype:
 
 
 def _check_latent(z: Float[Array, "..."], latent: jax.ShapeDtypeStruct, owner: str) -> None:
+    check_state(z, "z")
     if z.shape != latent.shape:
         raise ValueError(
             f"{owner} got a latent of {describe(z)}, but was built for ONE of shape {latent.shape}: batch with "
