@@ -152,6 +152,11 @@ _CAUSES = (
         diffrax.RESULTS.dt_min_reached,
         "the controller needed a step below its dtmin: lower dtmin, or loosen its rtol and atol",
     ),
+    (
+        diffrax.RESULTS.nonlinear_max_steps_reached,
+        "the iteration that finds the start or the end of a step did not converge: take more steps, or give it more "
+        "iterations (`iterations` of editing.invert, the root_finder of an implicit solver)",
+    ),
 )
 _SUGGESTION = "With throw=False nothing is raised, and `solve` returns the result of each example."
 

@@ -570,6 +570,47 @@ def test_every_solver_takes_them_all():
         np.testing.assert_allclose(own, wanted, rtol=0.01, atol=2e-3, err_msg=name)
 
 
+class WithVariance(eqx.Module):
+    """An output and a nu that depend on the condition: (args - x) t, and a fraction of x and args."""
+
+    def __call__(self, t, x, args, *, key=None):
+        label = args.astype(x.dtype)
+        return (label - x) * t, jax.nn.sigmoid(x + label)
+
+
+class GuidedWithVariance(eqx.Module):
+    """By hand: the guided output, and nu of the condition."""
+
+    network: WithVariance
+    scale: float
+
+    def __call__(self, t, x, args, *, key=None):
+        conditional, nu = self.network(t, x, args)
+        unconditional, _ = self.network(t, x, NULL)
+        return unconditional + self.scale * (conditional - unconditional), nu
+
+
+def test_a_guided_learned_variance_is_that_of_the_condition():
+    """Also inside of two wrappers; without any variance it is refused by the name of the flow inside."""
+    settings = {"solver": fs.solvers.Ancestral(fs.solvers.LearnedVariance()), "grid": fs.grids.Uniform(5)}
+    path = paths.Linear()
+
+    def sampled(flow):
+        like = jax.ShapeDtypeStruct((2,), jnp.float32)
+        labels = jnp.arange(6, dtype=jnp.int32) % 3
+        return fs.sample(flow, like, num=6, key=jax.random.key(0), args=labels, **settings)
+
+    flow = fs.flow.VarianceFlow(WithVariance(), path, predictions.Velocity())
+    by_hand = fs.flow.VarianceFlow(GuidedWithVariance(WithVariance(), 2.5), path, predictions.Velocity())
+    nested = guidance.Thresholded(CFG(flow, 2.5), guidance.Clip(-1e3, 1e3))
+    want = sampled(by_hand)
+    np.testing.assert_allclose(sampled(CFG(flow, 2.5)), want, atol=1e-5)
+    np.testing.assert_allclose(sampled(nested), want, atol=1e-4)
+    assert np.abs(want - sampled(flow)).max() > 0.1
+    with pytest.raises(TypeError, match="LearnedVariance got a Flow, which predicts no variance"):
+        sampled(CFG(fs.Flow(lambda t, x, args, *, key=None: x, path, predictions.Velocity()), 2.5))
+
+
 def test_the_density_takes_them_all():
     """ln p against the change of variables along the flow."""
     names, table = table_of_flows()

@@ -328,6 +328,8 @@ def test_wrong_calls_are_refused(network, plain, untyped):
         network(T, jnp.ones((3, 2), int), LABEL)
     with pytest.raises(ValueError, match=r"time_embedding of shape \(\), but wants an array with one axis"):
         nn.ResidualMLP(LIKE, time_embedding=lambda t: t, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"UNet got a time_embedding of shape \(\), but wants an array with one axis"):
+        nn.UNet(1, width=8, time_embedding=lambda t: t, key=jax.random.key(0))
     with pytest.raises(ValueError, match="build it with num_classes"):
         plain(T, jnp.ones(7), LABEL)
     with pytest.raises(ValueError, match="build it with num_classes"):

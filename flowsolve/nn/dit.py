@@ -30,7 +30,7 @@ from .._types import PRNGKey, Scalar, ScalarLike
 from ._layers import adaptive_norm, held, layer_norm, over_tokens, redrawn, scan_blocks, stacked, zeroed
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
-from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of
+from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of, time_mlp
 from .patches import TransformerSize, check_image, check_size, from_patches, to_patches
 from .positions import AbstractPositions, Rotation, SincosPositions
 
@@ -174,8 +174,7 @@ class DiT(eqx.Module):
         self.first = redrawn(eqx.nn.Linear(channels * area, width, key=key_first), _XAVIER, key=key_first)
         self.positions = positions
         self.time_embedding = time_embedding
-        (time_dim,) = jax.eval_shape(time_embedding, as_scalar(0.0)).shape
-        embed = eqx.nn.MLP(time_dim, width, width, depth=1, activation=jax.nn.silu, key=key_embed)
+        embed = time_mlp(time_embedding, width, "DiT", key=key_embed)
         self.embed = redrawn(embed, _NORMAL, key=key_embed)
         self.label_embedding = None
         if num_classes is not None:

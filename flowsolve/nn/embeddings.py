@@ -5,6 +5,8 @@ computed in the dtype of t, which stays float32 whatever the network computes in
 trains, and no weight decay shrinks it. A label embedding is a trained table.
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -144,6 +146,17 @@ class LabelEmbedding(eqx.Module):
             check(label, (given < 0) | (given > last), f"Label {label} is out of range: labels run from 0 to {last}.")
         # A check inside a compiled network would cost a host callback per evaluation: out of range gives NaN.
         return self.table.at[label].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def time_mlp(time_embedding: Callable[[Scalar], Array], dim: int, owner: str, *, key: PRNGKey) -> eqx.nn.MLP:
+    """Two layers from the embedding of the time to `dim` numbers; raise if it is not an array with one axis."""
+    shape = jax.eval_shape(time_embedding, as_scalar(0.0)).shape
+    if len(shape) != 1:
+        raise ValueError(
+            f"{owner} got a time_embedding of shape {shape}, but wants an array with one axis: "
+            "SinusoidalEmbedding(64), or lambda t: t[None]."
+        )
+    return eqx.nn.MLP(shape[0], dim, dim, depth=1, activation=jax.nn.silu, key=key)
 
 
 def null_label_of(embedding: LabelEmbedding | None, owner: str) -> int:

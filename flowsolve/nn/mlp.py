@@ -24,7 +24,7 @@ from .._checks import check_key, check_state, describe
 from .._numerics import as_scalar, tree_size
 from .._types import Like, PRNGKey, Scalar, ScalarLike, State
 from ._layers import adaptive_norm, scan_blocks, stacked, zeroed
-from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of
+from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of, time_mlp
 
 __all__ = ["ResidualMLP"]
 
@@ -107,18 +107,11 @@ class ResidualMLP(eqx.Module):
             )
         key_embed, key_label, key_first, key_blocks, key_modulation, key_last = jax.random.split(key, 6)
         size = tree_size(like)
-        time_shape = jax.eval_shape(time_embedding, as_scalar(0.0)).shape
-        if len(time_shape) != 1:
-            raise ValueError(
-                f"ResidualMLP got a time_embedding of shape {time_shape}, but wants an array with one axis: "
-                "SinusoidalEmbedding(64), or lambda t: t[None]."
-            )
-        (time_dim,) = time_shape
         self.time_embedding = time_embedding
         self.label_embedding = (
             None if num_classes is None else LabelEmbedding(num_classes, embedding_dim, key=key_label)
         )
-        self.embed = eqx.nn.MLP(time_dim, embedding_dim, embedding_dim, depth=1, activation=jax.nn.silu, key=key_embed)
+        self.embed = time_mlp(time_embedding, embedding_dim, "ResidualMLP", key=key_embed)
         self.first = eqx.nn.Linear(size, width, key=key_first)
         self.blocks = stacked(lambda k: _Block(width, hidden, embedding_dim, key=k), depth, key=key_blocks)
         self.modulation = zeroed(eqx.nn.Linear(embedding_dim, 2 * width, key=key_modulation))

@@ -33,7 +33,7 @@ from ._layers import zeroed
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
 from .convolution import Convolution, GroupNorm, ResidualBlock, activated, upsampled
-from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of
+from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of, time_mlp
 from .patches import check_image
 
 __all__ = ["UNet"]
@@ -207,8 +207,7 @@ class UNet(eqx.Module):
         self.last_norm = GroupNorm(now)
         self.last = zeroed(Convolution(now, out_channels, key=next(keys)))
         self.time_embedding = time_embedding
-        (time_dim,) = jax.eval_shape(time_embedding, as_scalar(0.0)).shape
-        self.embed = eqx.nn.MLP(time_dim, embedding_dim, embedding_dim, depth=1, activation=jax.nn.silu, key=next(keys))
+        self.embed = time_mlp(time_embedding, embedding_dim, "UNet", key=next(keys))
         self.label_embedding = (
             None if num_classes is None else LabelEmbedding(num_classes, embedding_dim, key=next(keys))
         )

@@ -26,7 +26,7 @@ from .._checks import check_type, is_concrete, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, FlowField, ReverseSDE, network_output, unwrap
-from ..flow import VarianceFlow
+from ..flow import AbstractFlowWrapper, VarianceFlow
 from ..paths import AbstractPath
 from .base import AbstractMemorylessSolver, AbstractStochasticSolver, Evaluation
 from .interpolation import StepInterpolation
@@ -73,19 +73,26 @@ class LargeVariance(AbstractVariance):
 class LearnedVariance(AbstractVariance):
     """The geometric mean of the two with weights that the network predicts for each element, of a `VarianceFlow`.
 
+    Around a `VarianceFlow` any wrapper will do, such as guidance: the output is the wrapper's, nu that of the network
+    at the example's own condition, for which it is evaluated once more unless XLA finds that it has been.
+
     Source: Nichol & Dhariwal (2021), arXiv 2102.09672.
     """
 
     def output_and_interpolation(
         self, field: FlowField, t: Scalar, x: State, args: Args
     ) -> tuple[State, State | Scalar]:
-        """nu, from the same evaluation."""
-        if not isinstance(field.flow, VarianceFlow):
+        """nu, from the same evaluation where no wrapper is around the network."""
+        inner = field.flow
+        while isinstance(inner, AbstractFlowWrapper):
+            inner = inner.flow
+        if not isinstance(inner, VarianceFlow):
             raise TypeError(
-                f"LearnedVariance got a {type(field.flow).__name__}, which predicts no variance: wrap the network in "
-                "flow.VarianceFlow, or use PosteriorVariance()."
+                f"LearnedVariance got a {type(inner).__name__}, which predicts no variance: make the flow a "
+                "flow.VarianceFlow, whose network returns (output, nu), or use PosteriorVariance()."
             )
-        return _output_and_interpolation(field.flow, t, x, args)
+        output, nu = _output_and_interpolation(inner, t, x, args)
+        return (output if inner is field.flow else network_output(field.flow, t, x, args)), nu
 
 
 @eqx.filter_jit
