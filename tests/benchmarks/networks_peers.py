@@ -2,7 +2,7 @@
 
     pip install torch                                    # the CPU build will do
     python tests/benchmarks/networks_peers.py            # a quarter of an hour on 2 CPU cores
-    python tests/benchmarks/networks_peers.py --smoke    # a small DiT
+    python tests/benchmarks/networks_peers.py --smoke    # a small DiT and a small UNet
 
 `speed`: both get the same weights and the same batch of images, times and labels. First their outputs and the gradients
 in the images are compared: the largest difference, relative to the root mean square, must be at most 1e-4, or the
@@ -129,10 +129,115 @@ def dit(name: str, batch: int, channels: int = 3, side: int = 32) -> Case:
     )
 
 
+# --- UNet -------------------------------------------------------------------------------------------------------------
+
+
+def convolution(source, stride: int = 1) -> torch.nn.Conv2d:
+    """A padded convolution with its bias."""
+    outputs, inputs, size, _ = source.weight.shape
+    made = torch.nn.Conv2d(inputs, outputs, size, stride, padding=size // 2)
+    made.weight, made.bias = torch.nn.Parameter(tensor(source.weight)), torch.nn.Parameter(tensor(source.bias))
+    return made
+
+
+def group_norm(source) -> torch.nn.GroupNorm:
+    """Of the largest number of groups, at most 32, of at least 4 channels each."""
+    channels = len(source.weight)
+    groups = max(n for n in range(1, 33) if channels % n == 0 and channels // n >= 4)
+    made = torch.nn.GroupNorm(groups, channels)
+    made.weight, made.bias = torch.nn.Parameter(tensor(source.weight)), torch.nn.Parameter(tensor(source.bias))
+    return made
+
+
+class TorchStage(torch.nn.Module):
+    """A residual block and, where there is one, the attention of the pixels."""
+
+    def __init__(self, stage):
+        super().__init__()
+        block, attention = stage.residual, stage.attention
+        self.norm, self.second_norm = group_norm(block.norm), group_norm(block.second_norm)
+        self.first, self.second = convolution(block.first), convolution(block.second)
+        self.modulation = linear(block.modulation)
+        self.skip = torch.nn.Identity()
+        if block.skip is not None:
+            self.skip = torch.nn.Conv2d(block.skip.in_features, block.skip.out_features, 1)
+            self.skip.weight = torch.nn.Parameter(tensor(block.skip.weight[:, :, None, None]))
+            self.skip.bias = torch.nn.Parameter(tensor(block.skip.bias))
+        self.heads = None
+        if attention is not None:
+            self.heads = attention.attention.heads
+            self.attention_norm = group_norm(attention.norm)
+            self.qkv, self.out = linear(attention.attention.query_key_value), linear(attention.attention.out)
+
+    def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.modulation(c)[:, :, None, None].chunk(2, 1)
+        hidden = self.second_norm(self.first(F.silu(self.norm(h))))
+        h = self.skip(h) + self.second(F.silu(torch.addcmul(shift, hidden, 1 + scale)))
+        if self.heads is None:
+            return h
+        tokens = self.attention_norm(h).flatten(2).transpose(1, 2)
+        qkv = self.qkv(tokens).reshape(*tokens.shape[:2], 3, self.heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(tokens.shape)
+        return h + self.out(attended).transpose(1, 2).reshape(h.shape)
+
+
+class TorchUNet(torch.nn.Module):
+    """`fs.nn.UNet` with labels, on images whose sides its levels halve."""
+
+    def __init__(self, network: fs.nn.UNet):
+        super().__init__()
+
+        def stages(levels) -> torch.nn.ModuleList:
+            return torch.nn.ModuleList(torch.nn.ModuleList(map(TorchStage, level)) for level in levels)
+
+        self.condition = TorchTimeAndLabel(network)
+        self.first, self.last = convolution(network.first), convolution(network.last)
+        self.down, self.up = stages(network.down), stages(network.up)
+        (self.middle,) = stages([network.middle])
+        self.downsample = torch.nn.ModuleList(convolution(part, stride=2) for part in network.downsample)
+        self.upsample = torch.nn.ModuleList(map(convolution, network.upsample))
+        self.last_norm = group_norm(network.last_norm)
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        c = self.condition(t, labels)
+        h = self.first(x)
+        skips = [h]
+        for level, stages in enumerate(self.down):
+            for stage in stages:
+                h = stage(h, c)
+                skips.append(h)
+            if level < len(self.downsample):
+                h = self.downsample[level](h)
+                skips.append(h)
+        for stage in self.middle:
+            h = stage(h, c)
+        for level, stages in enumerate(self.up):
+            for stage in stages:
+                h = stage(torch.cat([h, skips.pop()], 1), c)
+            if level < len(self.upsample):
+                h = self.upsample[level](F.interpolate(h, scale_factor=2, mode="nearest"))
+        return self.last(F.silu(self.last_norm(h)))
+
+
+def unet(batch: int, width: int = 32, blocks: int = 2) -> Case:
+    """A UNet for images of digits, 1 x 8 x 8, with attention between the 4 x 4 pixels of its second level."""
+    return Case(
+        lambda key: fs.nn.UNet(1, width=width, blocks=blocks, num_classes=CLASSES, key=key),
+        TorchUNet,
+        (batch, 1, 8, 8),
+    )
+
+
 # --- the cases --------------------------------------------------------------------------------------------------------
 
-SMOKE: dict[str, Case] = {"DiT-S/8, batch 2": dit("S/8", 2)}
-CASES: dict[str, Case] = {"DiT-S/4, batch 8": dit("S/4", 8), "DiT-S/4, batch 32": dit("S/4", 32)}
+SMOKE: dict[str, Case] = {"DiT-S/8, batch 2": dit("S/8", 2), "UNet, batch 2": unet(2, width=8, blocks=1)}
+CASES: dict[str, Case] = {
+    "DiT-S/4, batch 8": dit("S/4", 8),
+    "DiT-S/4, batch 32": dit("S/4", 32),
+    "UNet of the digits, batch 64": unet(64),
+    "UNet of the digits, batch 256": unet(256),
+}
 
 
 # --- one measurement --------------------------------------------------------------------------------------------------
