@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 
 # As users compile, and not as quickly as the other tests, see conftest.py.
-OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+OPTIMISED = {"xla_backend_optimization_level": 3}
 
 
 def square(y):
