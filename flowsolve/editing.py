@@ -22,14 +22,14 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._checks import check, check_count, check_key, check_state, check_type, describe, known
+from ._checks import check, check_count, check_key, check_state, describe, known
 from ._integrate import check_network, nan_on_failure, raise_on_failure
 from ._numerics import as_scalar, as_state, linear_combination, safe_sqrt, tree_dot
 from ._settings import Settings, opaque, settle
 from ._steps import fixed_steps
 from ._types import Args, PRNGKey, Scalar, ScalarLike, State
 from .dynamics import AbstractDynamics
-from .flow import AbstractFlow, AbstractFlowWrapper, AbstractVelocityFlow
+from .flow import AbstractFlow, AbstractFlowWrapper, AbstractVelocityFlow, check_flow
 from .grids import AbstractGrid
 from .sampling import solve
 from .solvers import AbstractMultistep
@@ -270,7 +270,7 @@ def sdedit(
     Source: Meng et al. (2021), arXiv 2108.01073. Deviation: with a mask the known part keeps one noise from the start
     to the end where the equation draws none.
     """
-    check_type(flow, AbstractFlow, "flow", "an AbstractFlow such as fs.Flow(network, path, prediction)")
+    check_flow(flow, "flow")
     check_state(x_guide, "x_guide")
     x_guide = as_state(x_guide)
     noise_key, solve_key = jax.random.split(check_key(key, "SDEdit"))
@@ -319,7 +319,7 @@ class Masked(AbstractFlowWrapper):
     keep: PyTree
 
     def __init__(self, flow: AbstractFlow, data: State, eps: State, keep: PyTree):
-        check_type(flow, AbstractFlow, "flow", "an AbstractFlow such as fs.Flow(network, path, prediction)")
+        check_flow(flow, "flow")
         if not all(getattr(leaf, "dtype", None) == jnp.bool_ for leaf in jax.tree.leaves(keep)):
             raise TypeError(
                 f"Masked got keep = {describe(keep)}, but wants booleans, True where an element is known: "

@@ -245,6 +245,11 @@ class VarianceFlow(AbstractFlow):
         return both
 
 
+def check_flow(flow: object, what: str) -> None:
+    """Raise unless a wrapper's flow is one."""
+    check_type(flow, AbstractFlow, what, "an AbstractFlow such as fs.Flow(network, path, prediction)")
+
+
 def check_has_score(flow: AbstractVelocityFlow, what: str) -> None:
     """Raise unless the flow offers a score."""
     if isinstance(flow, AbstractFlow) and not flow.has_score:

@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, PyTree
 from ._checks import check, check_key, check_positive, check_state, check_type, describe, is_concrete, known
 from ._numerics import as_scalar, as_state, normal_like, state_like, tree_dot, tree_size
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
-from .flow import AbstractFlow, AbstractFlowWrapper
+from .flow import AbstractFlow, AbstractFlowWrapper, check_flow
 from .likelihood import log_prob
 from .losses import Regression
 from .predictions import Noise
@@ -69,7 +69,7 @@ class LatentFlow(AbstractFlowWrapper):
     scale: ScalarLike
 
     def __init__(self, flow: AbstractFlow, autoencoder: Any, *, shift: ScalarLike = 0.0, scale: ScalarLike = 1.0):
-        check_type(flow, AbstractFlow, "flow", "an AbstractFlow such as fs.Flow(network, path, prediction)")
+        check_flow(flow, "flow")
         missing = [name for name in ("encode", "decode", "latent") if not hasattr(autoencoder, name)]
         if missing:
             raise TypeError(

@@ -46,7 +46,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ._checks import check, check_count, check_positive, check_state, check_type, describe, known
 from ._numerics import as_scalar, linear_combination, safe_sqrt, tree_dot
 from ._types import Args, PRNGKey, Scalar, ScalarLike, State
-from .flow import AbstractFlow, AbstractFlowWrapper, check_has_score
+from .flow import AbstractFlow, AbstractFlowWrapper, check_flow, check_has_score
 from .paths import AbstractPath
 from .predictions import Data, combine, conversion_weights
 
@@ -278,7 +278,7 @@ def _inside(path: AbstractPath, t: Scalar, x: State) -> tuple[Scalar, State]:
 
 
 def _check(flow: AbstractFlow, measurement: Measurement, name: str) -> None:
-    check_type(flow, AbstractFlow, f"{name}'s flow", "an AbstractFlow such as Flow(network, path, prediction)")
+    check_flow(flow, f"{name}'s flow")
     check_type(measurement, Measurement, f"{name}'s measurement", "a posterior.Measurement(operator, y, std=...)")
     check_has_score(flow, f"{name}, which adds to a score,")
 

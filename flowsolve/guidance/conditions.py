@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Real
 from .._checks import check_type, describe, is_concrete
 from .._numerics import as_scalar
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
-from ..flow import AbstractFlow, AbstractFlowWrapper
+from ..flow import AbstractFlow, AbstractFlowWrapper, check_flow
 from .rules import AbstractRule, plain
 from .schedules import Schedule, as_scale, is_known, scale_at
 
@@ -59,9 +59,7 @@ class ClassifierFree(AbstractFlowWrapper):
         rule: AbstractRule | None = None,
         batched: bool = True,
     ):
-        check_type(
-            flow, AbstractFlow, "ClassifierFree's flow", "an AbstractFlow such as fs.Flow(network, path, prediction)"
-        )
+        check_flow(flow, "ClassifierFree's flow")
         _check_rule(rule)
         self.flow = flow
         self.scale = as_scale(scale)
@@ -133,12 +131,8 @@ class Autoguidance(AbstractFlowWrapper):
         *,
         rule: AbstractRule | None = None,
     ):
-        check_type(
-            flow, AbstractFlow, "Autoguidance's flow", "an AbstractFlow such as fs.Flow(network, path, prediction)"
-        )
-        check_type(
-            weak, AbstractFlow, "Autoguidance's weak", "an AbstractFlow such as fs.Flow(network, path, prediction)"
-        )
+        check_flow(flow, "Autoguidance's flow")
+        check_flow(weak, "Autoguidance's weak")
         _check_rule(rule)
         self.flow = flow
         self.weak = weak
@@ -197,7 +191,7 @@ class Composed(AbstractFlowWrapper):
         *,
         batched: bool = True,
     ):
-        check_type(flow, AbstractFlow, "Composed's flow", "an AbstractFlow such as fs.Flow(network, path, prediction)")
+        check_flow(flow, "Composed's flow")
         self.flow = flow
         self.scales = jnp.asarray(scales).astype(float)
         if self.scales.ndim != 1 or self.scales.size == 0:

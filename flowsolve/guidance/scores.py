@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check, check_type, describe, is_concrete, known
+from .._checks import check, describe, is_concrete, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
-from ..flow import AbstractFlow, AbstractFlowWrapper, check_has_score
+from ..flow import AbstractFlow, AbstractFlowWrapper, check_flow, check_has_score
 from ..predictions import Score
 from .schedules import Schedule, as_scale, is_known, scale_at
 
@@ -56,9 +56,7 @@ class AddedScore(AbstractFlowWrapper):
     scale: Scalar | int | Schedule
 
     def __init__(self, flow: AbstractFlow, score: Callable[..., State], scale: ScalarLike | Schedule = 1.0):
-        check_type(
-            flow, AbstractFlow, "AddedScore's flow", "an AbstractFlow such as fs.Flow(network, path, prediction)"
-        )
+        check_flow(flow, "AddedScore's flow")
         check_has_score(flow, "AddedScore, which adds to a score,")
         if not callable(score):
             raise TypeError(

@@ -10,10 +10,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._checks import check, check_type, known
+from .._checks import check, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
-from ..flow import AbstractFlow, AbstractFlowWrapper
+from ..flow import AbstractFlow, AbstractFlowWrapper, check_flow
 from ..predictions import Data, combine
 
 __all__ = ["Clip", "DynamicThreshold", "Thresholded"]
@@ -35,9 +35,7 @@ class Thresholded(AbstractFlowWrapper):
     threshold: Callable[[State], State]
 
     def __check_init__(self):
-        check_type(
-            self.flow, AbstractFlow, "Thresholded's flow", "an AbstractFlow such as fs.Flow(network, path, prediction)"
-        )
+        check_flow(self.flow, "Thresholded's flow")
         if not callable(self.threshold):
             raise TypeError(
                 f"Thresholded got a threshold of type {type(self.threshold).__name__}, but wants a callable "
