@@ -162,6 +162,12 @@ def check_type(value: object, wanted: type, name: str, example: str) -> None:
         raise TypeError(f"{name} is {given}, but wants {example}.")
 
 
+def check_callable(value: object, what: str, wanted: str) -> None:
+    """Raise unless `value` is callable."""
+    if not callable(value):
+        raise TypeError(f"{what} of type {type(value).__name__}, but wants a callable {wanted}")
+
+
 def check_state(x: Like, name: str) -> None:
     """Raise unless `x` is a non-empty pytree of floating-point arrays (or their shapes)."""
     leaves = jax.tree.leaves(x)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._checks import check, check_state, check_type, describe, is_concrete
+from ._checks import check, check_callable, check_state, check_type, describe, is_concrete
 from ._numerics import as_scalar, linear_combination
 from ._types import Args, Network, PRNGKey, Scalar, ScalarLike, State
 from .paths import AbstractPath
@@ -182,11 +182,7 @@ class Flow(AbstractFlow):
     source: AbstractSource = Normal()
 
     def __check_init__(self):
-        if not callable(self.network):
-            raise TypeError(
-                f"Flow got a network of type {type(self.network).__name__}, but wants a callable "
-                "network(t, x, args, *, key=None)."
-            )
+        check_callable(self.network, "Flow got a network", "network(t, x, args, *, key=None).")
         if not isinstance(self.path, AbstractPath) or not isinstance(self.prediction, AbstractPrediction):
             raise TypeError(
                 f"Flow got path {type(self.path).__name__} and prediction {type(self.prediction).__name__}, but "

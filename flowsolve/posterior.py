@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import lineax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._checks import check, check_count, check_positive, check_state, check_type, describe, known
+from ._checks import check, check_callable, check_count, check_positive, check_state, check_type, describe, known
 from ._numerics import as_scalar, linear_combination, safe_sqrt, tree_dot
 from ._types import Args, PRNGKey, Scalar, ScalarLike, State
 from .flow import AbstractFlow, AbstractFlowWrapper, check_flow, check_has_score
@@ -89,11 +89,11 @@ class Measurement(eqx.Module):
         std: ScalarLike | None = None,
         covariance: lineax.AbstractLinearOperator | None = None,
     ):
-        if not callable(operator):
-            raise TypeError(
-                f"Measurement got an operator of type {type(operator).__name__}, but wants a callable from one example "
-                "to its measurement: for a matrix, lambda x: matrix @ x."
-            )
+        check_callable(
+            operator,
+            "Measurement got an operator",
+            "from one example to its measurement: for a matrix, lambda x: matrix @ x.",
+        )
         if std is not None and covariance is not None:
             raise ValueError("Measurement got both std and covariance: give one, a number or an operator.")
         self.operator = operator

@@ -282,7 +282,6 @@ class _Yielded(NamedTuple):
     """What a yield needs besides the state that the last step left."""
 
     carried: list[Array]  # a copy of that state, with which to go on, and an empty record
-    losses: Float[Array, " every"]
     finite_losses: Array
     finite_parameters: Array
     by_time: Array  # whether the loss has been measured by time
@@ -297,18 +296,17 @@ def _compiled_yield(static: _Static) -> Callable[[list[Any]], _Yielded]:
     @jax.jit
     def yielded(carried: list[Any]) -> _Yielded:
         state, record = eqx.combine(jax.tree.unflatten(carried_structure, carried), carried_rest)
-        measured = jnp.arange(len(record.losses)) < record.number
+        # Places of steps that were not made hold 0.
         number = record.number.astype(record.losses.dtype)
         counted = record.weights > 0
         by_t = jnp.where(counted, record.sums / jnp.where(counted, record.weights, 1), jnp.nan)
         return _Yielded(
             jax.tree.leaves(eqx.filter((_copied(state), _empty_record(len(record.losses), layout)), eqx.is_array)),
-            record.losses,
-            jnp.all(jnp.isfinite(record.losses) | ~measured),
+            all_finite(record.losses),
             all_finite(eqx.filter(state.flow, eqx.is_inexact_array)),
             jnp.any(counted),
             {
-                "loss": as_scalar(jnp.sum(jnp.where(measured, record.losses, 0)) / number),
+                "loss": as_scalar(jnp.sum(record.losses / number)),
                 "loss_by_t": by_t.astype(float),
                 "t_edges": _edges(state.flow.path),
             },
@@ -460,9 +458,9 @@ def _run(
                     bar.advance(loss, len(batch[0]))
             if unread and (problem is not None or done % every == 0 or done == steps):
                 # The only point at which the host waits for the device.
-                trained = eqx.combine(jax.tree.unflatten(carried_rest[0], carried), carried_rest[1])[0]
+                trained, record = eqx.combine(jax.tree.unflatten(carried_rest[0], carried), carried_rest[1])
                 yielded = yielded_of(carried)
-                good = _finished(trained, yielded, unread, done, good)
+                good = _finished(trained, record, yielded, done, good)
                 carried, unread = yielded.carried, 0
                 if bar is not None:
                     bar.show(good)
@@ -522,8 +520,8 @@ def _as_batch(batch: Any, *, checked: bool) -> tuple[PyTree, Args]:
     return x, args
 
 
-def _finished(state: TrainState, yielded: _Yielded, unread: int, done: int, good: TrainState) -> TrainState:
-    """The state to yield after `done` steps, `unread` of them since the last; raises unless all is finite."""
+def _finished(state: TrainState, record: _Record, yielded: _Yielded, done: int, good: TrainState) -> TrainState:
+    """The state to yield after `done` steps, with what was measured since the last; raises unless all is finite."""
     finite_losses, finite_parameters, by_time = jax.device_get(
         (yielded.finite_losses, yielded.finite_parameters, yielded.by_time)
     )
@@ -536,9 +534,9 @@ def _finished(state: TrainState, yielded: _Yielded, unread: int, done: int, good
         if finite_losses:
             message = f"A parameter is infinite or NaN after step {done}, though the loss was finite. {kept} {advice}"
             raise TrainingDiverged(message, done, good)
-        values = jax.device_get(yielded.losses)[:unread]
+        values = jax.device_get(record.losses)
         bad = int(np.flatnonzero(~np.isfinite(values))[0])
-        step = done - unread + 1 + bad
+        step = done - int(record.number) + 1 + bad
         raise TrainingDiverged(f"The loss is {values[bad]} in step {step}. {kept} {advice}", step, good)
     metrics = yielded.metrics if by_time else {"loss": yielded.metrics["loss"]}
     return TrainState(state.flow, state.averages, state.optimiser_state, state.step, state.key, metrics)

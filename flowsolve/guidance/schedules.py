@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._checks import check, is_concrete, known
+from .._checks import check, check_callable, is_concrete, known
 from .._numerics import as_scalar
 from .._types import Scalar, ScalarLike
 from ..paths import AbstractPath
@@ -139,11 +139,7 @@ class Interval(eqx.Module):
         outside: ScalarLike = 1.0,
         variable: Schedule = time,
     ):
-        if not callable(variable):
-            raise TypeError(
-                f"Interval got a variable of type {type(variable).__name__}, but wants a callable (path, t) -> number "
-                "such as fs.guidance.noise_level."
-            )
+        check_callable(variable, "Interval got a variable", "(path, t) -> number such as fs.guidance.noise_level.")
         self.inside = as_scale(inside)
         self.low, high = as_scalar(low), as_scalar(high)
         self.high = check(

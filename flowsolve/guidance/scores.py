@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check, describe, is_concrete, known
+from .._checks import check, check_callable, describe, is_concrete, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
 from ..flow import AbstractFlow, AbstractFlowWrapper, check_flow, check_has_score
@@ -58,11 +58,11 @@ class AddedScore(AbstractFlowWrapper):
     def __init__(self, flow: AbstractFlow, score: Callable[..., State], scale: ScalarLike | Schedule = 1.0):
         check_flow(flow, "AddedScore's flow")
         check_has_score(flow, "AddedScore, which adds to a score,")
-        if not callable(score):
-            raise TypeError(
-                f"AddedScore got a score of type {type(score).__name__}, but wants a callable (t, x, args, *, "
-                "key=None) -> state such as fs.guidance.Gradient(energy)."
-            )
+        check_callable(
+            score,
+            "AddedScore got a score",
+            "(t, x, args, *, key=None) -> state such as fs.guidance.Gradient(energy).",
+        )
         self.flow = flow
         self.score_function = score
         self.scale = as_scale(scale)
@@ -125,11 +125,7 @@ class Gradient(eqx.Module):
     energy: Callable[..., Scalar]
 
     def __check_init__(self):
-        if not callable(self.energy):
-            raise TypeError(
-                f"Gradient got an energy of type {type(self.energy).__name__}, but wants a callable (t, x, args, *, "
-                "key=None) -> scalar."
-            )
+        check_callable(self.energy, "Gradient got an energy", "(t, x, args, *, key=None) -> scalar.")
 
     def __call__(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         """The gradient at (t, x), one example."""

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._checks import check, known
+from .._checks import check, check_callable, known
 from .._numerics import as_scalar, linear_combination
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
 from ..flow import AbstractFlow, AbstractFlowWrapper, check_flow
@@ -36,11 +36,9 @@ class Thresholded(AbstractFlowWrapper):
 
     def __check_init__(self):
         check_flow(self.flow, "Thresholded's flow")
-        if not callable(self.threshold):
-            raise TypeError(
-                f"Thresholded got a threshold of type {type(self.threshold).__name__}, but wants a callable "
-                "denoised -> denoised such as fs.guidance.Clip(-1.0, 1.0)."
-            )
+        check_callable(
+            self.threshold, "Thresholded got a threshold", "denoised -> denoised such as fs.guidance.Clip(-1.0, 1.0)."
+        )
 
     def output(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         t = as_scalar(t)

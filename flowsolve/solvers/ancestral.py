@@ -73,8 +73,9 @@ class LargeVariance(AbstractVariance):
 class LearnedVariance(AbstractVariance):
     """The geometric mean of the two with weights that the network predicts for each element, of a `VarianceFlow`.
 
-    Around a `VarianceFlow` any wrapper will do, such as guidance: the output is the wrapper's, nu that of the network
-    at the example's own condition, for which it is evaluated once more unless XLA finds that it has been.
+    Around a `VarianceFlow` may be wrappers such as guidance: the output is the wrapper's, nu that of the network at
+    the wrapper's own `args`, for which it is evaluated once more unless XLA finds that it has been. Those that make
+    others of them will not do: `Composed`, and a measurement with `Observed`.
 
     Source: Nichol & Dhariwal (2021), arXiv 2102.09672.
     """

@@ -324,7 +324,10 @@ def measure(name: str, case: Case, rounds: int, compiling: bool) -> list[list[st
         times = {name: statistics.median(t) for name, t in interleaved(competitors, rounds=rounds).items()}
         mine = times.pop("flowsolve")
         best = min(times, key=lambda name: times[name])
-        milliseconds = [f"{1e3 * value:.3g}" for value in (times[best], mine)]
+        milliseconds = [
+            np.format_float_positional(1e3 * value, precision=3, fractional=False, trim="-")
+            for value in (times[best], mine)
+        ]
         lines.append([name, what, best, f"{difference:.0e}", *milliseconds, f"{times[best] / mine:.2f}"])
         print(*lines[-1], sep=" | ", flush=True)
     return lines
