@@ -180,6 +180,18 @@ class Gaussian(AbstractOracle):
         z = jnp.sqrt(self.eigenvalues) * jax.random.normal(key, flat.shape, flat.dtype)
         return _as_state(flat + _rotate(self.eigenvectors, z), self.mean)
 
+    def flow_map(self, path: AbstractPath, t: ScalarLike, r: ScalarLike, x: State) -> State:
+        r"""The state at time r of the probability flow that is at x at time t, in either direction.
+
+        $x_r = \alpha_r m + S_r^{1/2} S_t^{-1/2} (x_t - \alpha_t m)$, as all S share the eigenvectors of C.
+        """
+        (alpha_t, sigma_t), (alpha_r, sigma_r) = path.coefficients(as_scalar(t)), path.coefficients(as_scalar(r))
+        mean, residual = _flat(self.mean), _flat(x, self.mean) - alpha_t * _flat(self.mean)
+        scales = (alpha_r**2 * self.eigenvalues + sigma_r**2) / (alpha_t**2 * self.eigenvalues + sigma_t**2)
+        if self.eigenvectors is not None:
+            residual = self.eigenvectors.T @ residual
+        return _as_state(alpha_r * mean + _rotate(self.eigenvectors, jnp.sqrt(scales) * residual), x)
+
     def given(
         self,
         matrix: Real[Array | np.ndarray, "m d"],

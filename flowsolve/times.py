@@ -36,6 +36,7 @@ from .paths import AbstractPath
 
 __all__ = [
     "AbstractBoundedTimes",
+    "AbstractTimePairs",
     "AbstractTimes",
     "Beta",
     "Given",
@@ -46,6 +47,7 @@ __all__ = [
     "Polynomial",
     "Shifted",
     "Stratified",
+    "TimePairs",
     "UShaped",
     "Uniform",
     "resolution_shift",
@@ -84,6 +86,9 @@ def resolution_shift(dim: int, base: int = 4096) -> float:
     if not (dim > 0 and base > 0):
         raise ValueError(f"resolution_shift got dim = {dim} and base = {base}, but wants both positive.")
     return math.sqrt(dim / base)
+
+
+_AN_INSTANCE = "an instance such as times.Uniform()"
 
 
 class AbstractTimes(eqx.Module):
@@ -133,6 +138,62 @@ class AbstractBoundedTimes(AbstractTimes):
             f"{type(self).__name__} got bounds that are not t_data <= t_min < t_max <= t_noise on "
             f"{type(path).__name__}: choose them between the path's ends.",
         )
+
+
+class AbstractTimePairs(eqx.Module):
+    """A law of two times of each example, t >= r, for losses of flow maps and consistency."""
+
+    @abc.abstractmethod
+    def sample(
+        self, path: AbstractPath, key: PRNGKey, num: int
+    ) -> tuple[Float[Array, " {num}"], Float[Array, " {num}"]]:
+        """(t, r) of a batch of `num` examples; arguments and errors as in `AbstractTimes.sample`."""
+
+
+class TimePairs(AbstractTimePairs):
+    """Two times of each example, t >= r: the larger and the smaller of one draw from each of two distributions.
+
+    **Arguments:**
+
+    - `first`, `second`: the distributions; `second` is the first again by default;
+    - `equal`: the probability of r = t, from 0 to 1. 0.75 by default, as in MeanFlow.
+
+    Each example is drawn for by itself, so that pair i depends on the key and i alone, unless a distribution is
+    stratified.
+
+    **Raises:** `TypeError` for what is no distribution, `ValueError` for a probability outside of [0, 1].
+
+    Source: Geng et al. (2025), arXiv 2505.13447. Deviation: where r = t, it is the first draw, not the larger of both.
+    """
+
+    first: AbstractTimes
+    second: AbstractTimes
+    equal: Scalar
+
+    def __init__(self, first: AbstractTimes, second: AbstractTimes | None = None, *, equal: ScalarLike = 0.75):
+        check_type(first, AbstractTimes, "first", _AN_INSTANCE)
+        self.first = first
+        self.second = first if second is None else second
+        check_type(self.second, AbstractTimes, "second", _AN_INSTANCE)
+        equal = as_scalar(equal)
+        self.equal = check(
+            equal,
+            ~((known(equal) >= 0) & (known(equal) <= 1)),
+            "TimePairs got equal = {}, but wants a probability from 0 to 1.",
+            equal,
+        )
+
+    def sample(
+        self, path: AbstractPath, key: PRNGKey, num: int
+    ) -> tuple[Float[Array, " {num}"], Float[Array, " {num}"]]:
+        key = check_key(key, "a draw of training times")
+        # The first distribution's own key: its times are those that a loss of one time draws.
+        one = self.first.sample(path, key, num)
+        other = self.second.sample(path, jax.random.fold_in(key, 1), num)
+        key_equal = jax.random.fold_in(key, 2)
+        same = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key_equal, i), self.equal))(jnp.arange(num))
+        # Where they are equal, both are the first: its own law, not that of the larger of two.
+        return jnp.where(same, one, jnp.maximum(one, other)), jnp.where(same, one, jnp.minimum(one, other))
 
 
 def _independent(key: PRNGKey, num: int) -> Float[Array, " {num}"]:
@@ -425,9 +486,6 @@ class Given(AbstractTimes):
     def levels(self, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
         """Independent uniform numbers; the first m of num are those of a batch of m."""
         return _independent(key, num)
-
-
-_AN_INSTANCE = "an instance such as times.Uniform()"
 
 
 class Shifted(AbstractTimes):

@@ -5,7 +5,7 @@ $\mathrm{loss}_i$ a mean over the elements of one.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Real
 
 from .._checks import check, check_key, check_state, describe, known
+from .._features import with_features
 from .._numerics import as_scalar
 from .._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from ..couplings import AbstractCoupling, Independent, Pairs
 from ..paths import AbstractPath
-from ..times import AbstractTimes
+from ..times import AbstractTimePairs, AbstractTimes
 
 __all__ = ["Aux", "ConditionDropout"]
 
@@ -28,12 +29,15 @@ class Aux(NamedTuple):
 
     - `losses`: the loss of each example, before the mean over them; 0 for one that is masked out;
     - `t`: the time of each example;
-    - `weights`: the weight of each example in that mean, None for equal ones.
+    - `weights`: the weight of each example in that mean, None for equal ones;
+    - `features`: what the network handed out beside its output (`nn.Features`), an entry an evaluation, each with a
+      leading batch axis.
     """
 
     losses: Float[Array, " batch"]
     t: Float[Array, " batch"]
     weights: Float[Array, " batch"] | None = None
+    features: tuple[PyTree, ...] = ()
 
 
 class ConditionDropout(eqx.Module):
@@ -81,9 +85,9 @@ class ConditionDropout(eqx.Module):
 
 
 def over_batch(
-    one: Callable[[State, State, Args, Scalar, PRNGKey, PyTree | None], Scalar],
+    one: Callable[[State, State, Args, Any, PRNGKey, PyTree | None], Scalar],
     path: AbstractPath,
-    times: AbstractTimes,
+    times: AbstractTimes | AbstractTimePairs,
     coupling: AbstractCoupling,
     draw: Callable[[PRNGKey, Like], State],
     x0: State | Pairs,
@@ -94,7 +98,7 @@ def over_batch(
     mask: PyTree[Bool[Array, "..."]] | None,
     dropout: ConditionDropout | None,
 ) -> tuple[Scalar, Aux]:
-    """The weighted mean over a batch of one(x0, noise, args, t, key, mask), and its terms."""
+    """The weighted mean over a batch of one(x0, noise, args, t, key, mask), and its terms; t is (t, r) from pairs."""
     key = check_key(key, "a training loss")
     x0, args, mask = _without_numpy((x0, args, mask))
     num = _batch_size(x0)
@@ -113,12 +117,14 @@ def over_batch(
         key_dropout = jax.random.fold_in(key_times, 2)
         dropped = eqx.filter_vmap(lambda i, args: dropout(jax.random.fold_in(key_dropout, i), args))
         args = dropped(jnp.arange(num), args)
-    losses = eqx.filter_vmap(one)(x0, noise, args, t, keys[:, 1], mask)
+    losses, features = eqx.filter_vmap(lambda *example: with_features(lambda: one(*example)))(
+        x0, noise, args, t, keys[:, 1], mask
+    )
 
     weights = _example_weights(example_weight, mask, num, losses.dtype)
     total = jnp.sum(weights)
     value = jnp.sum(weights * losses) / jnp.where(total == 0, 1, total)
-    return value, Aux(losses, t, weights)
+    return value, Aux(losses, t[0] if isinstance(t, tuple) else t, weights, features)
 
 
 def where_finite(scale: Scalar, loss: Scalar) -> Scalar:

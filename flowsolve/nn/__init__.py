@@ -8,7 +8,8 @@ from .attention import Attention
 from .conditions import Condition
 from .convolution import Convolution
 from .dit import DiT
-from .embeddings import FourierEmbedding, LabelEmbedding, SinusoidalEmbedding
+from .embeddings import FourierEmbedding, IntervalEmbedding, LabelEmbedding, SinusoidalEmbedding
+from .features import Features
 from .mlp import ResidualMLP
 from .patches import TransformerSize
 from .positions import AbstractPositions, RotaryPositions, SincosPositions
@@ -27,7 +28,9 @@ __all__ = [
     "Convolution",
     "ConvolutionalVAE",
     "DiT",
+    "Features",
     "FourierEmbedding",
+    "IntervalEmbedding",
     "LabelEmbedding",
     "Precision",
     "ResidualMLP",

@@ -25,12 +25,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._checks import check_count, check_key
-from .._numerics import as_scalar
-from .._types import PRNGKey, Scalar, ScalarLike
+from .._types import PRNGKey, Scalar, TimeLike
 from ._layers import adaptive_norm, held, layer_norm, over_tokens, redrawn, scan_blocks, stacked, zeroed
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
-from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of, time_mlp
+from .embeddings import LabelEmbedding, SinusoidalEmbedding, as_times, null_label_of, time_mlp
 from .patches import TransformerSize, check_image, check_size, from_patches, to_patches
 from .positions import AbstractPositions, Rotation, SincosPositions
 
@@ -200,7 +199,7 @@ class DiT(eqx.Module):
 
     def __call__(
         self,
-        t: ScalarLike,
+        t: TimeLike,
         x: Float[Array, "*channels_height_width"],
         args: ArrayLike | Condition | None = None,
         *,
@@ -213,7 +212,7 @@ class DiT(eqx.Module):
 
     def hidden(
         self,
-        t: ScalarLike,
+        t: TimeLike,
         x: Float[Array, "*channels_height_width"],
         args: ArrayLike | Condition | None = None,
         *,
@@ -238,13 +237,13 @@ class DiT(eqx.Module):
     def _scan(self, step: Callable[..., Any], carry: Any, inputs: Any, key: PRNGKey | None) -> Any:
         return scan_blocks(step, self.blocks, carry, inputs, depth=self.size.depth, key=key, policy=held(self.remat))
 
-    def _parts(self, t: ScalarLike, x: Array, args: object) -> tuple[Array, Callable[..., Array], Callable[..., Array]]:
+    def _parts(self, t: TimeLike, x: Array, args: object) -> tuple[Array, Callable[..., Array], Callable[..., Array]]:
         """The tokens before the first block, a block's step, and the way from the last tokens to the output."""
         size, dtype = self.size, self.first.weight.dtype
         rows, columns = check_image(x, self.channels, size.patch, "DiT")
         condition = as_condition(args, self.label_embedding, self.context_dim, "DiT")
         context = None if condition.context is None else condition.context.astype(dtype)
-        embedding = self.embed(self.time_embedding(as_scalar(t)).astype(dtype))
+        embedding = self.embed(self.time_embedding(as_times(t)).astype(dtype))
         if self.label_embedding is not None:
             assert condition.label is not None
             embedding = embedding + self.label_embedding(condition.label)

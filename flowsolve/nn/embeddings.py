@@ -6,6 +6,7 @@ trains, and no weight decay shrinks it. A label embedding is a trained table.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,9 +16,23 @@ from jaxtyping import Array, ArrayLike, Float
 
 from .._checks import check, check_key, is_concrete, known
 from .._numerics import as_scalar
-from .._types import PRNGKey, Scalar, ScalarLike
+from .._types import PRNGKey, Scalar, TimeLike
 
-__all__ = ["FourierEmbedding", "LabelEmbedding", "SinusoidalEmbedding"]
+__all__ = ["FourierEmbedding", "IntervalEmbedding", "LabelEmbedding", "SinusoidalEmbedding"]
+
+
+def as_times(t: TimeLike) -> Any:
+    """A time, or both times of a flow map, as scalars."""
+    return (as_scalar(t[0]), as_scalar(t[1])) if isinstance(t, tuple) else as_scalar(t)
+
+
+def _one_time(t: TimeLike) -> Scalar:
+    if isinstance(t, tuple):
+        raise ValueError(
+            "A network of one time got two, (t, r): build it with time_embedding=fs.nn.IntervalEmbedding(...) for a "
+            "flow map."
+        )
+    return as_scalar(t)
 
 
 def _check_dim(name: str, dim: int) -> None:
@@ -61,9 +76,9 @@ class SinusoidalEmbedding(eqx.Module):
                 "0 < min_period <= max_period."
             )
 
-    def __call__(self, t: ScalarLike) -> Float[Array, " dim"]:
+    def __call__(self, t: TimeLike) -> Float[Array, " dim"]:
         """The embedding of one time."""
-        return _cos_sin(1 / np.geomspace(self.max_period, self.min_period, self.dim // 2), as_scalar(t))
+        return _cos_sin(1 / np.geomspace(self.max_period, self.min_period, self.dim // 2), _one_time(t))
 
 
 class FourierEmbedding(eqx.Module):
@@ -91,12 +106,35 @@ class FourierEmbedding(eqx.Module):
         if not self.scale > 0:
             raise ValueError(f"FourierEmbedding got scale = {self.scale}, but wants a standard deviation > 0.")
 
-    def __call__(self, t: ScalarLike) -> Float[Array, " dim"]:
+    def __call__(self, t: TimeLike) -> Float[Array, " dim"]:
         """The embedding of one time."""
         # NumPy's legacy generator is frozen for good, where JAX's bits depend on its configuration.
         normal = np.random.RandomState(self.seed).standard_normal(self.dim // 2)
-        embedding = _cos_sin(self.scale * normal, as_scalar(t))
+        embedding = _cos_sin(self.scale * normal, _one_time(t))
         return jnp.asarray(np.sqrt(2), embedding.dtype) * embedding
+
+
+class IntervalEmbedding(eqx.Module):
+    """The two times (t, r) of a flow map: the embedding of t, and that of the interval t - r.
+
+        network = fs.nn.ResidualMLP(like, time_embedding=fs.nn.IntervalEmbedding(), key=key)
+        flow_map = fs.flowmaps.FlowMap(network, path)
+
+    **Arguments:** `time`, `interval`: embeddings of a number, for t and for t - r.
+
+    **Returns:** for (t, r), or a single t for an interval of 0, both one after the other.
+
+    Source: Geng et al. (2025), arXiv 2505.13447, who found (t, t - r) better than (t, r).
+    """
+
+    time: Callable[[Scalar], Array] = SinusoidalEmbedding(64)
+    interval: Callable[[Scalar], Array] = SinusoidalEmbedding(64)
+
+    def __call__(self, t: TimeLike) -> Float[Array, " dim"]:
+        """The embedding of (t, r)."""
+        t, r = t if isinstance(t, tuple) else (t, t)
+        t, r = as_scalar(t), as_scalar(r)
+        return jnp.concatenate([self.time(t), self.interval(t - r)])
 
 
 class LabelEmbedding(eqx.Module):

@@ -21,10 +21,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
 from .._checks import check_key, check_state, describe
-from .._numerics import as_scalar, tree_size
-from .._types import Like, PRNGKey, Scalar, ScalarLike, State
+from .._numerics import tree_size
+from .._types import Like, PRNGKey, Scalar, State, TimeLike
 from ._layers import adaptive_norm, scan_blocks, stacked, zeroed
-from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of, time_mlp
+from .embeddings import LabelEmbedding, SinusoidalEmbedding, as_times, null_label_of, time_mlp
 
 __all__ = ["ResidualMLP"]
 
@@ -124,9 +124,9 @@ class ResidualMLP(eqx.Module):
         """The label that stands for no class, for `guidance.ClassifierFree`."""
         return null_label_of(self.label_embedding, "ResidualMLP")
 
-    def embedding(self, t: ScalarLike, args: ArrayLike | None = None) -> Float[Array, " dim"]:
+    def embedding(self, t: TimeLike, args: ArrayLike | None = None) -> Float[Array, " dim"]:
         """silu(c), the embedding of time and label that every block is modulated by."""
-        embedding = self.embed(self.time_embedding(as_scalar(t)).astype(self.first.weight.dtype))
+        embedding = self.embed(self.time_embedding(as_times(t)).astype(self.first.weight.dtype))
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(self.null_label if args is None else args)
         elif args is not None:
@@ -138,7 +138,7 @@ class ResidualMLP(eqx.Module):
 
     def __call__(
         self,
-        t: ScalarLike,
+        t: TimeLike,
         x: State,
         args: ArrayLike | None = None,
         *,

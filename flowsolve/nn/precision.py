@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from .._types import Args, Network, PRNGKey, ScalarLike, State
+from .._types import Args, Network, PRNGKey, State, TimeLike
 
 __all__ = ["Precision"]
 
@@ -43,7 +43,7 @@ class Precision(eqx.Module):
     network: Network
     compute_dtype: jnp.dtype = eqx.field(static=True, converter=_as_floating)
 
-    def __call__(self, t: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
+    def __call__(self, t: TimeLike, x: State, args: Args = None, *, key: PRNGKey | None = None) -> State:
         """The output at (t, x), one example, of the dtypes of x."""
         network, rounded, args = (_cast(tree, self.compute_dtype) for tree in (self.network, x, args))
         return jax.tree.map(lambda out, like: out.astype(like.dtype), network(t, rounded, args, key=key), x)

@@ -27,13 +27,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._checks import check_key
-from .._numerics import as_scalar
-from .._types import PRNGKey, Scalar, ScalarLike
+from .._types import PRNGKey, Scalar, TimeLike
 from ._layers import zeroed
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
 from .convolution import Convolution, GroupNorm, ResidualBlock, activated, upsampled
-from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of, time_mlp
+from .embeddings import LabelEmbedding, SinusoidalEmbedding, as_times, null_label_of, time_mlp
 from .patches import check_image
 
 __all__ = ["UNet"]
@@ -227,7 +226,7 @@ class UNet(eqx.Module):
 
     def __call__(
         self,
-        t: ScalarLike,
+        t: TimeLike,
         x: Float[Array, "channels height width"],
         args: ArrayLike | Condition | None = None,
         *,
@@ -238,7 +237,7 @@ class UNet(eqx.Module):
         dtype = self.first.weight.dtype
         condition = as_condition(args, self.label_embedding, self.context_dim, "UNet")
         context = None if condition.context is None else condition.context.astype(dtype)
-        embedding = self.embed(self.time_embedding(as_scalar(t)).astype(dtype))
+        embedding = self.embed(self.time_embedding(as_times(t)).astype(dtype))
         if self.label_embedding is not None:
             assert condition.label is not None
             embedding = embedding + self.label_embedding(condition.label)

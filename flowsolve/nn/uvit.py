@@ -27,11 +27,11 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._checks import check_key, check_state, describe
 from .._numerics import as_scalar
-from .._types import PRNGKey, Scalar, ScalarLike
+from .._types import PRNGKey, Scalar, TimeLike
 from ._layers import held, over_tokens, redrawn, scan_blocks, stacked
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
-from .embeddings import LabelEmbedding, SinusoidalEmbedding, null_label_of
+from .embeddings import LabelEmbedding, SinusoidalEmbedding, as_times, null_label_of
 from .patches import TransformerSize, check_image, check_size, from_patches, to_patches
 
 __all__ = ["UViT"]
@@ -205,7 +205,7 @@ class UViT(eqx.Module):
 
     def __call__(
         self,
-        t: ScalarLike,
+        t: TimeLike,
         x: Float[Array, "*channels_height_width"],
         args: ArrayLike | Condition | None = None,
         *,
@@ -239,12 +239,12 @@ class UViT(eqx.Module):
         last = over_tokens(self.last, jax.vmap(self.norm)(h[-rows * columns :]))
         return self.convolution(from_patches(last, rows, columns, patch)).astype(x.dtype)
 
-    def _tokens(self, t: ScalarLike, x: Array, args: object) -> tuple[Array, Array | None]:
+    def _tokens(self, t: TimeLike, x: Array, args: object) -> tuple[Array, Array | None]:
         """All tokens before the first block, and which of them exist where some may not."""
         dtype = self.first.weight.dtype
         context_dim = None if self.context_shape is None else self.context_shape[1]
         condition = as_condition(args, self.label_embedding, context_dim, "UViT", "context_shape")
-        parts = [self.time_embedding(as_scalar(t)).astype(dtype)[None]]
+        parts = [self.time_embedding(as_times(t)).astype(dtype)[None]]
         if self.label_embedding is not None:
             assert condition.label is not None
             parts.append(self.label_embedding(condition.label)[None])

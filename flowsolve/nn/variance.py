@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._checks import describe
-from .._types import Args, Network, PRNGKey, ScalarLike
+from .._types import Args, Network, PRNGKey, TimeLike
 
 __all__ = ["SplitVariance"]
 
@@ -33,7 +33,7 @@ class SplitVariance(eqx.Module):
     network: Network
 
     def __call__(
-        self, t: ScalarLike, x: Float[Array, "channels *size"], args: Args = None, *, key: PRNGKey | None = None
+        self, t: TimeLike, x: Float[Array, "channels *size"], args: Args = None, *, key: PRNGKey | None = None
     ) -> tuple[Float[Array, "channels *size"], Float[Array, "channels *size"]]:
         """(output, nu) at (t, x), one example."""
         both = self.network(t, x, args, key=key)

@@ -5,6 +5,7 @@ from .ancestral import AbstractVariance, Ancestral, LargeVariance, LearnedVarian
 from .base import AbstractFlowSolver
 from .ddim import DDIM
 from .dpm_solver import DPMSolverPP, SDEDPMSolverPP
+from .few_steps import ConsistencySampling, Jump
 from .multistep import AbstractMultistep
 from .nodes import AbstractVariable, LogSNR, NoiseRatio, Time, VPTime
 from .repaint import RePaint
@@ -29,9 +30,11 @@ __all__ = [
     "AdaptiveUniPC",
     "Ancestral",
     "Churn",
+    "ConsistencySampling",
     "DPMSolverPP",
     "DPMSolverPPSinglestep",
     "EDMHeun",
+    "Jump",
     "LangevinCorrector",
     "LargeVariance",
     "LearnedVariance",

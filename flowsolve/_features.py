@@ -1,0 +1,30 @@
+"""What a network hands out beside its output, to a loss that asks for it while it evaluates one example.
+
+A network computes more than it returns: hidden tokens, or what a head makes of them. Through `hand_out` they reach the
+loss, at the same level of tracing, without a place in any signature between the two. Where nobody asks, nothing is
+computed.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from jaxtyping import PyTree
+
+from ._checks import Collector
+
+_T = TypeVar("_T")
+
+_FEATURES = Collector()
+
+
+def hand_out(features: Callable[[], PyTree]) -> None:
+    """Give features() to whoever asks around this call; it is not called where nobody does."""
+    found = _FEATURES.found()
+    if found is not None:
+        found.append(features())
+
+
+def with_features(function: Callable[[], _T]) -> tuple[_T, tuple[PyTree, ...]]:
+    """function(), and what was handed out in it, in order."""
+    value, found = _FEATURES.collect(function)
+    return value, tuple(found)
