@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ._types import Like, PRNGKey, Scalar, ScalarLike, State
 
@@ -172,6 +172,11 @@ def linear_combination(coefficients: Sequence[ScalarLike], trees: Sequence[State
         return total
 
     return jax.tree.map(combine, *trees)
+
+
+def frozen(tree: PyTree) -> PyTree:
+    """The same tree, through whose arrays no gradient passes."""
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
 def normal_like(key: PRNGKey, like: Like) -> State:

@@ -39,6 +39,7 @@ __all__ = [
     "AbstractTimePairs",
     "AbstractTimes",
     "Beta",
+    "DyadicPairs",
     "Given",
     "LogNormal",
     "LogSNRUniform",
@@ -175,13 +176,7 @@ class TimePairs(AbstractTimePairs):
         self.first = first
         self.second = first if second is None else second
         check_type(self.second, AbstractTimes, "second", _AN_INSTANCE)
-        equal = as_scalar(equal)
-        self.equal = check(
-            equal,
-            ~((known(equal) >= 0) & (known(equal) <= 1)),
-            "TimePairs got equal = {}, but wants a probability from 0 to 1.",
-            equal,
-        )
+        self.equal = _as_probability(equal, "TimePairs got equal")
 
     def sample(
         self, path: AbstractPath, key: PRNGKey, num: int
@@ -194,6 +189,56 @@ class TimePairs(AbstractTimePairs):
         same = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key_equal, i), self.equal))(jnp.arange(num))
         # Where they are equal, both are the first: its own law, not that of the larger of two.
         return jnp.where(same, one, jnp.maximum(one, other)), jnp.where(same, one, jnp.minimum(one, other))
+
+
+class DyadicPairs(AbstractTimePairs):
+    r"""Intervals [r, t] of 2/steps, 4/steps, ..., 1 of the path, each on the grid of its own length.
+
+    The length is $2^{-k}$ with k uniform from 0 to log2(steps) - 1, and the interval one of the $2^k$ that make up the
+    path, each as likely as another. With the probability `equal`, r = t instead, drawn from `times`.
+
+    **Arguments:** `steps`: a power of 2, static, 128 by default; `times`: the distribution of t where r = t; `equal`:
+    the probability of that, 0.75 by default.
+
+    **Raises:** `ValueError` for a number of steps that is no power of 2 above 1, a probability outside of [0, 1].
+
+    Source: Frans et al. (2024), arXiv 2410.12557.
+    """
+
+    steps: int = eqx.field(static=True)
+    times: AbstractTimes
+    equal: Scalar
+
+    def __init__(self, steps: int = 128, times: AbstractTimes | None = None, *, equal: ScalarLike = 0.75):
+        self.steps = check_count(steps, "DyadicPairs got steps", least=2)
+        if self.steps & (self.steps - 1):
+            raise ValueError(f"DyadicPairs got steps = {steps}, but wants a power of 2 such as 128.")
+        self.times = Uniform() if times is None else times
+        check_type(self.times, AbstractTimes, "times", _AN_INSTANCE)
+        self.equal = _as_probability(equal, "DyadicPairs got equal")
+
+    def sample(
+        self, path: AbstractPath, key: PRNGKey, num: int
+    ) -> tuple[Float[Array, " {num}"], Float[Array, " {num}"]]:
+        key = check_key(key, "a draw of training times")
+        velocity_times = self.times.sample(path, key, num)
+
+        def pair(i: Array, t: Scalar) -> tuple[Scalar, Scalar]:
+            key_same, key_length, key_place = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), i), 3)
+            same = jax.random.bernoulli(key_same, self.equal)
+            count = 2 ** jax.random.randint(key_length, (), 0, self.steps.bit_length() - 1)
+            place = jax.random.randint(key_place, (), 0, count).astype(t.dtype)
+            low, high = (_time_of(path, end / count.astype(t.dtype)) for end in (place, place + 1))
+            return jnp.where(same, t, high), jnp.where(same, t, low)
+
+        return jax.vmap(pair)(jnp.arange(num), velocity_times)
+
+
+def _as_probability(value: ScalarLike, what: str) -> Scalar:
+    probability = as_scalar(value)
+    chance = known(probability)
+    bad = ~((chance >= 0) & (chance <= 1))
+    return check(probability, bad, f"{what} = {{}}, but wants a probability from 0 to 1.", probability)
 
 
 def _independent(key: PRNGKey, num: int) -> Float[Array, " {num}"]:
