@@ -1,5 +1,6 @@
 """Flow maps, their solvers and the losses that train them, against the exact flow map of a Gaussian."""
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -89,14 +90,15 @@ def test_jumps_of_the_exact_map_reach_the_data_in_any_number_of_steps(name):
 
 
 def test_the_oracle_map_is_the_flow(x64):
-    """`Gaussian.flow_map` against many small steps of a solver, in both directions."""
+    """`Gaussian.flow_map` against an adaptive solver, in both directions."""
     oracle = fs.testing.Gaussian(jnp.asarray(MEANS[0]), COVARIANCE)
     path = paths.Linear()
     flow = oracle.flow(path, predictions.Velocity())
     x = jnp.array([0.3, 1.1])
-    down = fs.solve(flow, x, solver=solvers.UniPC(3), t_start=0.9, t_end=0.2, grid=fs.grids.Uniform(64)).ys[-1]
-    np.testing.assert_allclose(oracle.flow_map(path, 0.9, 0.2, x), down, atol=1e-5)
-    np.testing.assert_allclose(oracle.flow_map(path, 0.2, 0.9, down), x, atol=1e-5)
+    controller = diffrax.PIDController(rtol=1e-8, atol=1e-8)
+    down = fs.solve(flow, x, solver=diffrax.Tsit5(), t_start=0.9, t_end=0.2, controller=controller).ys[-1]
+    np.testing.assert_allclose(oracle.flow_map(path, 0.9, 0.2, x), down, atol=1e-7)
+    np.testing.assert_allclose(oracle.flow_map(path, 0.2, 0.9, down), x, atol=1e-7)
 
 
 def test_consistency_sampling_draws_the_data():
@@ -409,6 +411,66 @@ def test_training_reaches_the_exact_map():
     assert abs(float(jnp.exp(flow.network.log_std)) - 0.5) < 0.03
 
 
+def test_moment_matching_against_a_loop(x64):
+    """The discrepancy of one group, by explicit loops in NumPy."""
+    path, net = paths.Linear(), Net()
+    flow = flowmaps.FlowMap(net, path)
+    rng = np.random.default_rng(3)
+    data, noise = rng.normal(size=(3, 2)), rng.normal(size=(3, 2))
+    t, r, gap, bias, power = 0.7, 0.2, 0.1, 4.0, 1.5
+    angle = np.arctan2(t, 1 - t) - gap * np.pi / 2
+    s = np.sin(angle) / (np.sin(angle) + np.cos(angle))
+    x_t, x_s = (1 - t) * data + t * noise, (1 - s) * data + s * noise
+    y = np.array([x - (t - r) * net64(net, t, r, x) for x in x_t])
+    z = np.array([x - (s - r) * net64(net, s, r, x) for x in x_s])
+
+    def kernel(a, b):
+        return np.exp(-max(np.linalg.norm(a - b), 1e-6) / ((t - r) * 2))
+
+    square = np.mean(
+        [
+            [kernel(a, b) + kernel(c, d) - 2 * kernel(a, d) for b, d in zip(y, z, strict=True)]
+            for a, c in zip(y, z, strict=True)
+        ]
+    )
+    log_snr = 2 * np.log((1 - t) / t)
+    weight = 0.5 / (1 + np.exp(log_snr - bias)) * 2 / (t * (1 - t)) * (1 - t) ** power / ((1 - t) ** 2 + t**2)
+    loss = losses.InductiveMomentMatching(3, gap=gap, bias=bias, power=power)
+    found = loss.one(flow, jnp.asarray(data), t=t, r=r, noise=jnp.asarray(noise))
+    np.testing.assert_allclose(found, weight * square, rtol=1e-8)
+
+
+def test_moment_matching_vanishes_at_the_exact_map():
+    """Of pairs on one trajectory both jumps end in the same point; and its gradient in the map's scale does not vanish
+    for a wrong one."""
+    path = PATHS["linear"]
+    loss = losses.InductiveMomentMatching(4, gap=0.2)
+
+    @eqx.filter_jit
+    def discrepancy(flow, key):
+        oracle = flow.network.oracle(None)
+        start = jax.random.normal(key, (4, 2))
+        x_s = jax.vmap(lambda x: oracle.flow_map(path, 1.0, 0.3, x))(start)
+        x_t = jax.vmap(lambda x: oracle.flow_map(path, 1.0, 0.8, x))(start)
+        y, z = (jax.vmap(lambda x, t=t: flow.jump(t, 0.1, x))(x) for t, x in ((0.8, x_t), (0.3, x_s)))
+        return jnp.max(jnp.abs(y - z))
+
+    assert discrepancy(exact(path), KEY) < 1e-5
+    assert discrepancy(exact(path, scale=1.1), KEY) > 1e-2
+    rows = np.random.default_rng(0).multivariate_normal(MEANS[0], COVARIANCE, 4_096)
+    x0 = jnp.asarray(rows, jnp.float32)
+
+    @eqx.filter_jit
+    def slope(flow, key):
+        return eqx.filter_grad(lambda flow: loss(flow, x0, key=key)[0])(flow).network.scale
+
+    many = jax.random.split(KEY, 16)
+    right = np.array([slope(exact(path), key) for key in many])
+    wrong = np.array([slope(exact(path, scale=0.9), key) for key in many])
+    assert abs(right.mean()) < 4 * right.std(ddof=1) / 4 + 0.02 * abs(wrong.mean())
+    assert wrong.mean() < -10 * wrong.std(ddof=1) / 4
+
+
 # --- bad input -----------------------------------------------------------------------------------------------
 
 
@@ -428,6 +490,8 @@ def test_bad_input_is_named(untyped):
         (ValueError, "kappa = 1", lambda: MeanFlowGuidance(jnp.asarray(0), 2.0, 1.0)),
         (ValueError, "null condition", lambda: MeanFlowGuidance(None, 2.0)),
         (ValueError, "finest = 2", lambda: Shortcut(finest=2.0)),
+        (ValueError, "groups of 4", lambda: losses.InductiveMomentMatching()(flow, batch(6), key=KEY)),
+        (ValueError, "group = 1", lambda: losses.InductiveMomentMatching(1)),
         (ValueError, "power of 2", lambda: times.DyadicPairs(12)),
         (ValueError, "equal = 1.5", lambda: times.TimePairs(times.Uniform(), equal=1.5)),
         (TypeError, "first is the class", lambda: times.TimePairs(times.Uniform)),

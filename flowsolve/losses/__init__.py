@@ -5,13 +5,14 @@ r"""Training losses: pytrees that are called on a flow and a batch.
 `Regression` is flow matching, denoising score matching, DDPM and EDM, by its fields; `Hybrid` trains the variance of
 the ancestral step beside it, `BridgeRegression` the flow of a bridge. The loss of one element's error is `squared`,
 `absolute`, `Huber` or `PseudoHuber`. `ConditionDropout` is the setting that makes a flow ready for guidance. For few
-steps, `MeanFlow` and `Shortcut` train a `flowmaps.FlowMap`.
+steps, `MeanFlow`, `Shortcut` and `InductiveMomentMatching` train a `flowmaps.FlowMap`.
 """
 
 from .batch import Aux, ConditionDropout
 from .elementwise import Huber, PseudoHuber, absolute, squared
 from .flow_maps import AbstractFlowMapLoss, MeanFlow, MeanFlowGuidance, Shortcut
 from .hybrid import Hybrid
+from .moment_matching import InductiveMomentMatching
 from .regression import BridgeRegression, NormalNoise, Regression
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ConditionDropout",
     "Huber",
     "Hybrid",
+    "InductiveMomentMatching",
     "MeanFlow",
     "MeanFlowGuidance",
     "NormalNoise",
