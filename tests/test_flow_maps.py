@@ -444,7 +444,8 @@ def test_moment_matching_vanishes_at_the_exact_map():
     """Of pairs on one trajectory both jumps end in the same point; and its gradient in the map's scale does not vanish
     for a wrong one."""
     path = PATHS["linear"]
-    loss = losses.InductiveMomentMatching(4, gap=0.2)
+    # An example and itself are among the pairs, which pulls y_i to its own z_i: less in larger groups.
+    loss = losses.InductiveMomentMatching(32, gap=0.1)
 
     @eqx.filter_jit
     def discrepancy(flow, key):
