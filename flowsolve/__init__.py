@@ -44,13 +44,14 @@ from .bridges import BridgeFlow
 from .dynamics import ProbabilityFlow, ReverseSDE
 from .flow import AbstractFlow, Flow, OnPath, TimeReversed
 from .likelihood import bits_per_dim, log_prob, sample_and_log_prob
-from .preconditioning import EDMPreconditioner
+from .preconditioning import ConsistencyPreconditioner, EDMPreconditioner
 from .predictions import convert
 from .sampling import encode, sample, solve
 
 __all__ = [
     "AbstractFlow",
     "BridgeFlow",
+    "ConsistencyPreconditioner",
     "EDMPreconditioner",
     "Flow",
     "OnPath",

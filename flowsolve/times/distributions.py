@@ -1,25 +1,5 @@
-r"""Training-time distributions: which times t a loss is evaluated at.
+r"""Distributions of one training time, each by its quantile function $t = Q(u)$, increasing in u."""
 
-Data lives at small t, noise at large t. A distribution is its quantile function on a path,
-
-$$t = Q(u), \qquad u \sim U(0, 1)$$
-
-increasing in u, so that independent times and stratified ones ($u_i = (i + U_i)/B$, permuted) are
-the same mechanism with other numbers u. Two coordinates are used:
-
-- the place $s = (t - t_\mathrm{data})/(t_\mathrm{noise} - t_\mathrm{data})$ between the path's
-  ends;
-- the noise level $\ln(\sigma/\alpha)$, which is minus half the log-SNR.
-
-`t_min` and `t_max` bound a distribution: it is conditioned on $t \in [t_\mathrm{min},
-t_\mathrm{max}]$ (its quantile function is cut by its CDF). None means the path's own end.
-
-The time shift $s' = k s/(1 + (k - 1) s)$ is written once, here, for training times (`Shifted`) and
-for inference grids (`flowsolve.grids.Shifted`). All parameters are arrays: a new value does not
-retrace.
-"""
-
-import abc
 import math
 from collections.abc import Sequence
 
@@ -29,17 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._checks import check, check_count, check_key, check_positive, check_type, is_concrete, known
-from ._numerics import as_scalar, beta_cdf, beta_logit_quantile, increasing_root, optional_scalar, safe_power
-from ._types import PRNGKey, Scalar, ScalarLike
-from .paths import AbstractPath
+from .._checks import check, check_positive, check_type, is_concrete, known
+from .._numerics import as_scalar, beta_cdf, beta_logit_quantile, increasing_root, optional_scalar, safe_power
+from .._types import PRNGKey, Scalar, ScalarLike
+from ..paths import AbstractPath
+from .base import (
+    AN_INSTANCE,
+    AbstractBoundedTimes,
+    AbstractTimes,
+    between,
+    independent,
+    place_of,
+    shift_on_path,
+    time_of,
+)
 
 __all__ = [
-    "AbstractBoundedTimes",
-    "AbstractTimePairs",
-    "AbstractTimes",
     "Beta",
-    "DyadicPairs",
     "Given",
     "LogNormal",
     "LogSNRUniform",
@@ -48,220 +34,9 @@ __all__ = [
     "Polynomial",
     "Shifted",
     "Stratified",
-    "TimePairs",
     "UShaped",
     "Uniform",
-    "resolution_shift",
-    "shift_on_path",
-    "shift_time",
 ]
-
-
-def shift_time(s: ScalarLike, shift: ScalarLike) -> Scalar:
-    """The time shift k s/(1 + (k - 1) s) on [0, 1]; k > 1 moves times toward the noise.
-
-    On `Linear` it multiplies sigma/alpha by k. It keeps 0 and 1, and `shift_time(., 1/k)` undoes
-    it.
-
-    **Arguments:** `s`: the place between data (0) and noise (1); `shift`: k > 0.
-
-    **Returns:** the shifted place, a scalar.
-
-    Source: Esser et al. (2024), arXiv 2403.03206.
-    """
-    s, shift = as_scalar(s), as_scalar(shift)
-    # 1 + (k - 1) s in the form that is exact at s = 1 and does not cancel for k < 1.
-    return shift * s / ((1 - s) + shift * s)
-
-
-def shift_on_path(path: AbstractPath, t: ScalarLike, shift: ScalarLike) -> Scalar:
-    """`shift_time` of a time of `path`, whose ends stand for 0 and 1."""
-    return _time_of(path, shift_time(_place_of(path, as_scalar(t)), shift))
-
-
-def resolution_shift(dim: int, base: int = 4096) -> float:
-    """The shift k = sqrt(dim/base) for examples of `dim` elements, 1 at `base` elements.
-
-    Source: Esser et al. (2024), arXiv 2403.03206.
-    """
-    if not (dim > 0 and base > 0):
-        raise ValueError(f"resolution_shift got dim = {dim} and base = {base}, but wants both positive.")
-    return math.sqrt(dim / base)
-
-
-_AN_INSTANCE = "an instance such as times.Uniform()"
-
-
-class AbstractTimes(eqx.Module):
-    """A distribution of training times, given by its quantile function."""
-
-    @abc.abstractmethod
-    def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
-        """The time with probability u below it: increasing in u, finite on the closed [0, 1]."""
-
-    @abc.abstractmethod
-    def levels(self, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
-        """The numbers u in (0, 1) of a batch, each uniform; how they depend on each other is the point."""
-
-    def sample(self, path: AbstractPath, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
-        """The times of a batch of `num` examples, float32 (float64 under x64).
-
-        **Arguments:** `path`: the path; `key`: one typed key; `num`: the size of the batch, static.
-
-        **Raises:** `ValueError` or `TypeError` for a missing or wrong key, a size below 1, and for bounds outside
-        the path.
-        """
-        key = check_key(key, "a draw of training times")
-        num = check_count(num, "sample of training times got num")
-        return jax.vmap(lambda u: self.quantile(path, u))(self.levels(key, num))
-
-
-class AbstractBoundedTimes(AbstractTimes):
-    """Times drawn independently, between bounds: time i of a batch depends on key and i alone."""
-
-    t_min: eqx.AbstractVar[Scalar | None]
-    t_max: eqx.AbstractVar[Scalar | None]
-
-    def levels(self, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
-        """Independent uniform numbers; the first m of num are those of a batch of m."""
-        return _independent(key, num)
-
-    def bounds(self, path: AbstractPath) -> tuple[Scalar, Scalar]:
-        """(t_min, t_max), with the path's ends where they are None."""
-        low = as_scalar(path.t_data if self.t_min is None else self.t_min)
-        high = as_scalar(path.t_noise if self.t_max is None else self.t_max)
-        if self.t_min is None and self.t_max is None:
-            return low, high
-        ordered = (as_scalar(path.t_data) <= low) & (low < high) & (high <= as_scalar(path.t_noise))
-        return check(
-            (low, high),
-            ~ordered,
-            f"{type(self).__name__} got bounds that are not t_data <= t_min < t_max <= t_noise on "
-            f"{type(path).__name__}: choose them between the path's ends.",
-        )
-
-
-class AbstractTimePairs(eqx.Module):
-    """A law of two times of each example, t >= r, for losses of flow maps and consistency."""
-
-    @abc.abstractmethod
-    def sample(
-        self, path: AbstractPath, key: PRNGKey, num: int
-    ) -> tuple[Float[Array, " {num}"], Float[Array, " {num}"]]:
-        """(t, r) of a batch of `num` examples; arguments and errors as in `AbstractTimes.sample`."""
-
-
-class TimePairs(AbstractTimePairs):
-    """Two times of each example, t >= r: the larger and the smaller of one draw from each of two distributions.
-
-    **Arguments:**
-
-    - `first`, `second`: the distributions; `second` is the first again by default;
-    - `equal`: the probability of r = t, from 0 to 1. 0.75 by default, as in MeanFlow.
-
-    Each example is drawn for by itself, so that pair i depends on the key and i alone, unless a distribution is
-    stratified.
-
-    **Raises:** `TypeError` for what is no distribution, `ValueError` for a probability outside of [0, 1].
-
-    Source: Geng et al. (2025), arXiv 2505.13447. Deviation: where r = t, it is the first draw, not the larger of both.
-    """
-
-    first: AbstractTimes
-    second: AbstractTimes
-    equal: Scalar
-
-    def __init__(self, first: AbstractTimes, second: AbstractTimes | None = None, *, equal: ScalarLike = 0.75):
-        check_type(first, AbstractTimes, "first", _AN_INSTANCE)
-        self.first = first
-        self.second = first if second is None else second
-        check_type(self.second, AbstractTimes, "second", _AN_INSTANCE)
-        self.equal = _as_probability(equal, "TimePairs got equal")
-
-    def sample(
-        self, path: AbstractPath, key: PRNGKey, num: int
-    ) -> tuple[Float[Array, " {num}"], Float[Array, " {num}"]]:
-        key = check_key(key, "a draw of training times")
-        # The first distribution's own key: its times are those that a loss of one time draws.
-        one = self.first.sample(path, key, num)
-        other = self.second.sample(path, jax.random.fold_in(key, 1), num)
-        key_equal = jax.random.fold_in(key, 2)
-        same = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key_equal, i), self.equal))(jnp.arange(num))
-        # Where they are equal, both are the first: its own law, not that of the larger of two.
-        return jnp.where(same, one, jnp.maximum(one, other)), jnp.where(same, one, jnp.minimum(one, other))
-
-
-class DyadicPairs(AbstractTimePairs):
-    r"""Intervals [r, t] of 2/steps, 4/steps, ..., 1 of the path, each on the grid of its own length.
-
-    The length is $2^{-k}$ with k uniform from 0 to log2(steps) - 1, and the interval one of the $2^k$ that make up the
-    path, each as likely as another. With the probability `equal`, r = t instead, drawn from `times`.
-
-    **Arguments:** `steps`: a power of 2, static, 128 by default; `times`: the distribution of t where r = t; `equal`:
-    the probability of that, 0.75 by default.
-
-    **Raises:** `ValueError` for a number of steps that is no power of 2 above 1, a probability outside of [0, 1].
-
-    Source: Frans et al. (2024), arXiv 2410.12557.
-    """
-
-    steps: int = eqx.field(static=True)
-    times: AbstractTimes
-    equal: Scalar
-
-    def __init__(self, steps: int = 128, times: AbstractTimes | None = None, *, equal: ScalarLike = 0.75):
-        self.steps = check_count(steps, "DyadicPairs got steps", least=2)
-        if self.steps & (self.steps - 1):
-            raise ValueError(f"DyadicPairs got steps = {steps}, but wants a power of 2 such as 128.")
-        self.times = Uniform() if times is None else times
-        check_type(self.times, AbstractTimes, "times", _AN_INSTANCE)
-        self.equal = _as_probability(equal, "DyadicPairs got equal")
-
-    def sample(
-        self, path: AbstractPath, key: PRNGKey, num: int
-    ) -> tuple[Float[Array, " {num}"], Float[Array, " {num}"]]:
-        key = check_key(key, "a draw of training times")
-        velocity_times = self.times.sample(path, key, num)
-
-        def pair(i: Array, t: Scalar) -> tuple[Scalar, Scalar]:
-            key_same, key_length, key_place = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), i), 3)
-            same = jax.random.bernoulli(key_same, self.equal)
-            count = 2 ** jax.random.randint(key_length, (), 0, self.steps.bit_length() - 1)
-            place = jax.random.randint(key_place, (), 0, count).astype(t.dtype)
-            low, high = (_time_of(path, end / count.astype(t.dtype)) for end in (place, place + 1))
-            return jnp.where(same, t, high), jnp.where(same, t, low)
-
-        return jax.vmap(pair)(jnp.arange(num), velocity_times)
-
-
-def _as_probability(value: ScalarLike, what: str) -> Scalar:
-    probability = as_scalar(value)
-    chance = known(probability)
-    bad = ~((chance >= 0) & (chance <= 1))
-    return check(probability, bad, f"{what} = {{}}, but wants a probability from 0 to 1.", probability)
-
-
-def _independent(key: PRNGKey, num: int) -> Float[Array, " {num}"]:
-    def draw(i: Array) -> Scalar:
-        u = jax.random.uniform(jax.random.fold_in(key, i), dtype=float)
-        # From the multiples of eps in [0, 1) to the midpoints between them: never 0, never 1.
-        return u + 0.5 * jnp.finfo(u.dtype).eps
-
-    return jax.vmap(draw)(jnp.arange(num))
-
-
-def _between(low: Scalar, high: Scalar, fraction: Scalar) -> Scalar:
-    """From `low` at 0 to `high` at 1, exact at both."""
-    return low * (1 - fraction) + high * fraction
-
-
-def _place_of(path: AbstractPath, t: Scalar) -> Scalar:
-    t_data, t_noise = as_scalar(path.t_data), as_scalar(path.t_noise)
-    return (t - t_data) / (t_noise - t_data)
-
-
-def _time_of(path: AbstractPath, place: Scalar) -> Scalar:
-    return _between(as_scalar(path.t_data), as_scalar(path.t_noise), place)
 
 
 def _standardised(bound: Scalar, mean: Scalar, std: Scalar) -> Scalar:
@@ -282,7 +57,7 @@ def _normal_quantile(u: Scalar, mean: Scalar, std: Scalar, lower: Scalar, upper:
     mirrored = upper > -lower
     low, high = jnp.where(mirrored, -upper, lower), jnp.where(mirrored, -lower, upper)
     below, above = jax.scipy.stats.norm.cdf(low), jax.scipy.stats.norm.cdf(high)
-    z = jax.scipy.special.ndtri(_between(below, above, jnp.where(mirrored, 1 - u, u)))
+    z = jax.scipy.special.ndtri(between(below, above, jnp.where(mirrored, 1 - u, u)))
     # Bounds so far out that no mass is left in float32: all of it is at the nearer one.
     z = jnp.where(above > below, jnp.clip(z, low, high), high)
     return mean + std * jnp.where(mirrored, -z, z)
@@ -298,7 +73,7 @@ class Uniform(AbstractBoundedTimes):
     t_max: Scalar | None = eqx.field(default=None, converter=optional_scalar)
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
-        return _between(*self.bounds(path), as_scalar(u))
+        return between(*self.bounds(path), as_scalar(u))
 
 
 class LogitNormal(AbstractBoundedTimes):
@@ -323,9 +98,9 @@ class LogitNormal(AbstractBoundedTimes):
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
-        logit_low, logit_high = (jax.scipy.special.logit(_place_of(path, t)) for t in (low, high))
+        logit_low, logit_high = (jax.scipy.special.logit(place_of(path, t)) for t in (low, high))
         logit = _normal_quantile(as_scalar(u), self.mean, self.std, logit_low, logit_high)
-        return jnp.clip(_time_of(path, jax.nn.sigmoid(logit)), low, high)
+        return jnp.clip(time_of(path, jax.nn.sigmoid(logit)), low, high)
 
 
 class LogNormal(AbstractBoundedTimes):
@@ -366,9 +141,9 @@ class UShaped(AbstractBoundedTimes):
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
-        angle_low, angle_high = (jnp.arcsin(jnp.sqrt(_place_of(path, t))) for t in (low, high))
-        place = jnp.sin(_between(angle_low, angle_high, as_scalar(u))) ** 2
-        return jnp.clip(_time_of(path, place), low, high)
+        angle_low, angle_high = (jnp.arcsin(jnp.sqrt(place_of(path, t))) for t in (low, high))
+        place = jnp.sin(between(angle_low, angle_high, as_scalar(u))) ** 2
+        return jnp.clip(time_of(path, place), low, high)
 
 
 class LogSNRUniform(AbstractBoundedTimes):
@@ -392,7 +167,7 @@ class LogSNRUniform(AbstractBoundedTimes):
             f"LogSNRUniform got an infinite log-SNR at an end of {type(path).__name__}: "
             "pass t_min and t_max inside the path, e.g. LogSNRUniform(t_min=1e-3, t_max=0.999).",
         )
-        return jnp.clip(path.inverse_log_snr(_between(at_low, at_high, as_scalar(u))), low, high)
+        return jnp.clip(path.inverse_log_snr(between(at_low, at_high, as_scalar(u))), low, high)
 
 
 class Mode(AbstractBoundedTimes):
@@ -417,8 +192,8 @@ class Mode(AbstractBoundedTimes):
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
-        below, above = (self._level(_place_of(path, t)) for t in (low, high))
-        return jnp.clip(_time_of(path, self._place(_between(below, above, as_scalar(u)))), low, high)
+        below, above = (self._level(place_of(path, t)) for t in (low, high))
+        return jnp.clip(time_of(path, self._place(between(below, above, as_scalar(u)))), low, high)
 
     def _place(self, u: Scalar) -> Scalar:
         return u - self.scale * (jnp.sin(0.5 * math.pi * u) ** 2 - u)
@@ -447,9 +222,9 @@ class Beta(AbstractBoundedTimes):
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         low, high = self.bounds(path)
-        below, above = (self._level(_place_of(path, t)) for t in (low, high))
-        logit = beta_logit_quantile(_between(below, above, as_scalar(u)), self.a, self.b)
-        return jnp.clip(_time_of(path, jax.nn.sigmoid(logit)), low, high)
+        below, above = (self._level(place_of(path, t)) for t in (low, high))
+        logit = beta_logit_quantile(between(below, above, as_scalar(u)), self.a, self.b)
+        return jnp.clip(time_of(path, jax.nn.sigmoid(logit)), low, high)
 
     def _level(self, place: Scalar) -> Scalar:
         """The probability below a place."""
@@ -488,7 +263,7 @@ class Polynomial(AbstractBoundedTimes):
             "e.g. Polynomial(t_max=0.99).",
         )
         roots = safe_power(sigma_low / alpha_low, 1 / self.rho), safe_power(sigma_high / alpha_high, 1 / self.rho)
-        ratio = _between(*roots, as_scalar(u)) ** self.rho
+        ratio = between(*roots, as_scalar(u)) ** self.rho
         return jnp.clip(path.time_at(jnp.ones_like(ratio), ratio), low, high)
 
 
@@ -530,7 +305,7 @@ class Given(AbstractTimes):
 
     def levels(self, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
         """Independent uniform numbers; the first m of num are those of a batch of m."""
-        return _independent(key, num)
+        return independent(key, num)
 
 
 class Shifted(AbstractTimes):
@@ -547,7 +322,7 @@ class Shifted(AbstractTimes):
     shift: Scalar = eqx.field(converter=as_scalar)
 
     def __check_init__(self):
-        check_type(self.times, AbstractTimes, "times", _AN_INSTANCE)
+        check_type(self.times, AbstractTimes, "times", AN_INSTANCE)
         check_positive(self, "shift")
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
@@ -570,14 +345,14 @@ class Stratified(AbstractTimes):
     times: AbstractTimes
 
     def __check_init__(self):
-        check_type(self.times, AbstractTimes, "times", _AN_INSTANCE)
+        check_type(self.times, AbstractTimes, "times", AN_INSTANCE)
 
     def quantile(self, path: AbstractPath, u: ScalarLike) -> Scalar:
         return self.times.quantile(path, u)
 
     def levels(self, key: PRNGKey, num: int) -> Float[Array, " {num}"]:
         key_order, key_within = jax.random.split(key)
-        within = _independent(key_within, num)
+        within = independent(key_within, num)
         order = jax.random.permutation(key_order, num).astype(within.dtype)
         # The last stratum must not round up to 1.
         return jnp.minimum((order + within) / num, 1 - 0.5 * jnp.finfo(within.dtype).eps)
