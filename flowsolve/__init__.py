@@ -4,6 +4,7 @@ Data at small t, noise at large t; every function takes one example, batched by 
 """
 
 from . import (
+    alignment,
     averages,
     batching,
     bridges,
@@ -60,6 +61,7 @@ __all__ = [
     "ProbabilityFlow",
     "ReverseSDE",
     "TimeReversed",
+    "alignment",
     "averages",
     "batched",
     "batching",

@@ -9,7 +9,7 @@ from .conditions import Condition
 from .convolution import Convolution
 from .dit import DiT
 from .embeddings import FourierEmbedding, IntervalEmbedding, LabelEmbedding, SinusoidalEmbedding
-from .features import Features
+from .features import Features, Projector
 from .mlp import ResidualMLP
 from .patches import TransformerSize
 from .positions import AbstractPositions, RotaryPositions, SincosPositions
@@ -33,6 +33,7 @@ __all__ = [
     "IntervalEmbedding",
     "LabelEmbedding",
     "Precision",
+    "Projector",
     "ResidualMLP",
     "RotaryPositions",
     "SincosPositions",

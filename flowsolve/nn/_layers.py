@@ -101,3 +101,30 @@ def scan_blocks(
         # Within a scan nothing merges the two passes, so that no barrier need keep them apart.
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     return jax.lax.scan(step, carry, (parameters, inputs, keys))
+
+
+def scan_keeping(
+    apply: Callable[[Any, Array, Any, PRNGKey | None], tuple[Array, Any]],
+    blocks: eqx.Module,
+    h: Array,
+    inputs: Any = None,
+    *,
+    kept: int,
+    depth: int,
+    key: PRNGKey | None,
+    policy: Callable[..., Any] | None = None,
+) -> tuple[Array, Array]:
+    """The last h of `scan_blocks` with the outs left away, and h after `kept` blocks, from 1 to the depth.
+
+    No gradient of what is kept reaches the later blocks, and no stack of all h is written.
+    """
+
+    def step(block: Any, carry: tuple[Array, Array], scanned: Any, key: PRNGKey | None) -> tuple[Any, None]:
+        h, before = carry
+        number, given = scanned
+        h, _ = apply(block, h, given, key)
+        return (h, jnp.where(number == kept, h, before)), None
+
+    numbered = (jnp.arange(1, depth + 1), inputs)
+    both, _ = scan_blocks(step, blocks, (h, h), numbered, depth=depth, key=key, policy=policy)
+    return both

@@ -26,7 +26,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from .._checks import check_count, check_key
 from .._types import PRNGKey, Scalar, TimeLike
-from ._layers import adaptive_norm, held, layer_norm, over_tokens, redrawn, scan_blocks, stacked, zeroed
+from ._layers import adaptive_norm, held, layer_norm, over_tokens, redrawn, scan_blocks, scan_keeping, stacked, zeroed
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
 from .embeddings import LabelEmbedding, SinusoidalEmbedding, as_times, null_label_of, time_mlp
@@ -207,7 +207,7 @@ class DiT(eqx.Module):
     ) -> Float[Array, "out_channels height width"]:
         """The output at (t, x), one example."""
         h, apply, finish = self._parts(t, x, args)
-        h, _ = self._scan(lambda block, h, _, k: (apply(block, h, k), None), h, None, key)
+        h, _ = scan_blocks(apply, self.blocks, h, depth=self.size.depth, key=key, policy=held(self.remat))
         return finish(h)
 
     def hidden(
@@ -223,21 +223,13 @@ class DiT(eqx.Module):
 
         Tokens are in the dtype of the network. Made for an alignment loss: Yu et al. (2024), arXiv 2410.06940.
         """
-        block = check_count(block, "block", most=self.size.depth)
+        depth, policy = self.size.depth, held(self.remat)
+        block = check_count(block, "block", most=depth)
         h, apply, finish = self._parts(t, x, args)
-
-        def step(one: Any, carry: Any, number: Any, k: PRNGKey | None) -> tuple[Any, None]:
-            h, kept = carry
-            h = apply(one, h, k)
-            return (h, jnp.where(number == block, h, kept)), None
-
-        (h, kept), _ = self._scan(step, (h, h), jnp.arange(1, self.size.depth + 1), key)
+        h, kept = scan_keeping(apply, self.blocks, h, kept=block, depth=depth, key=key, policy=policy)
         return finish(h), kept
 
-    def _scan(self, step: Callable[..., Any], carry: Any, inputs: Any, key: PRNGKey | None) -> Any:
-        return scan_blocks(step, self.blocks, carry, inputs, depth=self.size.depth, key=key, policy=held(self.remat))
-
-    def _parts(self, t: TimeLike, x: Array, args: object) -> tuple[Array, Callable[..., Array], Callable[..., Array]]:
+    def _parts(self, t: TimeLike, x: Array, args: object) -> tuple[Array, Callable[..., Any], Callable[..., Array]]:
         """The tokens before the first block, a block's step, and the way from the last tokens to the output."""
         size, dtype = self.size, self.first.weight.dtype
         rows, columns = check_image(x, self.channels, size.patch, "DiT")
@@ -252,8 +244,8 @@ class DiT(eqx.Module):
         tokens = over_tokens(self.first, to_patches(x.astype(dtype), size.patch))
         table = self.positions.added(rows, columns, size.width, dtype)
 
-        def apply(block: _Block, h: Array, key: PRNGKey | None) -> Array:
-            return block(h, embedding, rotary, context, condition.mask, self.dropout, key=key)
+        def apply(block: _Block, h: Array, _: None, key: PRNGKey | None) -> tuple[Array, None]:
+            return block(h, embedding, rotary, context, condition.mask, self.dropout, key=key), None
 
         def finish(h: Array) -> Array:
             shift, scale = jnp.split(self.modulation(embedding), 2)

@@ -13,6 +13,7 @@ Source: Peebles & Xie (2022), arXiv 2212.09748 (adaLN-Zero); without attention a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,10 +21,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
-from .._checks import check_key, check_state, describe
+from .._checks import check_count, check_key, check_state, describe
 from .._numerics import tree_size
 from .._types import Like, PRNGKey, Scalar, State, TimeLike
-from ._layers import adaptive_norm, scan_blocks, stacked, zeroed
+from ._layers import adaptive_norm, scan_blocks, scan_keeping, stacked, zeroed
 from .embeddings import LabelEmbedding, SinusoidalEmbedding, as_times, null_label_of, time_mlp
 
 __all__ = ["ResidualMLP"]
@@ -145,6 +146,32 @@ class ResidualMLP(eqx.Module):
         key: PRNGKey | None = None,
     ) -> State:
         """The output at (t, x), one example."""
+        h, apply, finish = self._parts(t, x, args)
+        h, _ = scan_blocks(apply, self.blocks, h, depth=self.depth, key=key)
+        return finish(h)
+
+    def hidden(
+        self,
+        t: TimeLike,
+        x: State,
+        args: ArrayLike | None = None,
+        *,
+        block: int,
+        key: PRNGKey | None = None,
+    ) -> tuple[State, Float[Array, " width"]]:
+        """The output, and from the same evaluation $h_k$ after the first `block` blocks, from 1 to the depth.
+
+        It is in the dtype of the network.
+        """
+        block = check_count(block, "block", most=self.depth)
+        h, apply, finish = self._parts(t, x, args)
+        h, kept = scan_keeping(apply, self.blocks, h, kept=block, depth=self.depth, key=key)
+        return finish(h), kept
+
+    def _parts(
+        self, t: TimeLike, x: State, args: ArrayLike | None
+    ) -> tuple[Array, Callable[..., Any], Callable[..., State]]:
+        """h before the first block, a block's step, and the way from the last h to the output."""
         check_state(x, "x")
         flat, unravel = ravel_pytree(x)
         if flat.size != self.first.in_features:
@@ -157,6 +184,8 @@ class ResidualMLP(eqx.Module):
         def apply(block: _Block, h: Array, _: None, key: PRNGKey | None) -> tuple[Array, None]:
             return block(h, embedding, self.dropout, key=key), None
 
-        h, _ = scan_blocks(apply, self.blocks, self.first(flat.astype(embedding.dtype)), depth=self.depth, key=key)
-        scale, shift = jnp.split(self.modulation(embedding), 2)
-        return unravel(self.last(adaptive_norm(h, scale, shift)).astype(flat.dtype))
+        def finish(h: Array) -> State:
+            scale, shift = jnp.split(self.modulation(embedding), 2)
+            return unravel(self.last(adaptive_norm(h, scale, shift)).astype(flat.dtype))
+
+        return self.first(flat.astype(embedding.dtype)), apply, finish

@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from .._checks import check_key, check_state, describe
+from .._checks import check_count, check_key, check_state, describe
 from .._numerics import as_scalar
 from .._types import PRNGKey, Scalar, TimeLike
-from ._layers import held, over_tokens, redrawn, scan_blocks, stacked
+from ._layers import held, over_tokens, redrawn, scan_blocks, scan_keeping, stacked
 from .attention import Attention
 from .conditions import Condition, as_condition, null_condition
 from .embeddings import LabelEmbedding, SinusoidalEmbedding, as_times, null_label_of
@@ -213,6 +213,44 @@ class UViT(eqx.Module):
     ) -> Float[Array, "out_channels height width"]:
         """The output at (t, x), one example."""
         del key
+        h, skips, up = self._down(t, x, args)
+        h, _ = scan_blocks(up, self.up, h, skips[::-1], depth=len(skips), key=None, policy=held(self.remat))
+        return self._finish(h).astype(x.dtype)
+
+    def hidden(
+        self,
+        t: TimeLike,
+        x: Float[Array, "*channels_height_width"],
+        args: ArrayLike | Condition | None = None,
+        *,
+        block: int,
+        key: PRNGKey | None = None,
+    ) -> tuple[Float[Array, "out_channels height width"], Float[Array, "patches token_width"]]:
+        """The output, and from the same evaluation the tokens of the patches after `block` blocks, from 1 to the depth.
+
+        The blocks are counted through both halves; the tokens of time, label and context are left out. Tokens are in
+        the dtype of the network.
+        """
+        del key
+        block = check_count(block, "block", most=self.size.depth)
+        h, skips, up = self._down(t, x, args)
+        half = len(skips)
+        # The skips are what each block of the first half gave, and the middle one gave h.
+        kept = skips[block - 1] if block <= half else h
+        if block <= half + 1:
+            h, _ = scan_blocks(up, self.up, h, skips[::-1], depth=half, key=None, policy=held(self.remat))
+        else:
+            after, policy = block - half - 1, held(self.remat)
+            h, kept = scan_keeping(up, self.up, h, skips[::-1], kept=after, depth=half, key=None, policy=policy)
+        return self._finish(h).astype(x.dtype), kept[-self._patches :]
+
+    @property
+    def _patches(self) -> int:
+        _, height, width = self.shape
+        return (height // self.size.patch) * (width // self.size.patch)
+
+    def _down(self, t: TimeLike, x: Array, args: object) -> tuple[Array, Array, Callable[..., Any]]:
+        """All tokens after the middle block, those after each block of the first half, and a step of the second."""
         check_state(x, "x")
         if x.shape != self.shape:
             raise ValueError(
@@ -221,23 +259,25 @@ class UViT(eqx.Module):
             )
         h, mask = self._tokens(t, x, args)
 
-        def step(block: _Block, h: Array, skipped: Any, key: PRNGKey | None) -> tuple[Array, Array]:
+        def down(block: _Block, h: Array, _: None, key: PRNGKey | None) -> tuple[Array, Array]:
             del key
-            h = block(h, skipped, mask)
+            h = block(h, None, mask)
             return h, h
 
-        def up(block: _Block, h: Array, skipped: Any, key: PRNGKey | None) -> tuple[Array, None]:
-            return step(block, h, skipped, key)[0], None
+        def up(block: _Block, h: Array, skipped: Array, key: PRNGKey | None) -> tuple[Array, None]:
+            del key
+            return block(h, skipped, mask), None
 
-        half, policy = (self.size.depth - 1) // 2, held(self.remat)
-        h, skips = scan_blocks(step, self.down, h, depth=half, key=None, policy=policy)
-        h = self.middle(h, None, mask)
-        h, _ = scan_blocks(up, self.up, h, skips[::-1], depth=half, key=None, policy=policy)
+        half = (self.size.depth - 1) // 2
+        h, skips = scan_blocks(down, self.down, h, depth=half, key=None, policy=held(self.remat))
+        return self.middle(h, None, mask), skips, up
+
+    def _finish(self, h: Array) -> Array:
+        """From the last tokens to the output."""
         _, height, width = self.shape
         patch = self.size.patch
-        rows, columns = height // patch, width // patch
-        last = over_tokens(self.last, jax.vmap(self.norm)(h[-rows * columns :]))
-        return self.convolution(from_patches(last, rows, columns, patch)).astype(x.dtype)
+        last = over_tokens(self.last, jax.vmap(self.norm)(h[-self._patches :]))
+        return self.convolution(from_patches(last, height // patch, width // patch, patch))
 
     def _tokens(self, t: TimeLike, x: Array, args: object) -> tuple[Array, Array | None]:
         """All tokens before the first block, and which of them exist where some may not."""
