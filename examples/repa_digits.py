@@ -3,7 +3,27 @@
     python examples/repa_digits.py            # about 3 minutes on 2 CPU cores
     python examples/repa_digits.py --smoke    # everything tiny: a check that it runs
 
-TABLE
+Needs `pip install "flowsolve[examples]"`. Data and classifier are those of `digits.py` beside it. A convolutional
+encoder is trained first, to classify digits; its features of the clean image, on the 4 x 4 grid of the transformer's
+tokens, are what the tokens after the second of four blocks are aligned with. Both trainings begin with the same
+parameters and see the same batches, times and noises. Expect about:
+
+                     loss                Frechet
+      step      without  with REPA    without  with REPA
+       100       0.8875     1.0010     207.63     250.17
+       200       0.6015     0.5883      79.86      72.37
+       300       0.5014     0.4814      34.57      22.20
+       400       0.4590     0.4460      14.20       9.03
+       500       0.4405     0.4318       7.88       5.07
+       600       0.4327     0.4255       5.53       3.81
+       700       0.4304     0.4235       4.96       3.54
+    training images                                 1.60
+
+(The loss is that of flow matching alone. Behind at step 100, where the alignment is learnt first, REPA is ahead from
+step 200 on: what the training without it has after 700 steps, it has after about 520. The encoder has seen the labels,
+as has the network, which is told them.)
+
+Written to `outputs/repa_digits/`: the two curves, curves.png.
 """
 
 import argparse
@@ -15,7 +35,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib
-import numpy as np
 import optax
 from digits import CLASSES, Split, dequantise, load, quantise, train_classifier
 
@@ -46,8 +65,8 @@ class Size(NamedTuple):
 
 
 FULL = Size(
-    steps=1_000,
-    every=200,
+    steps=700,
+    every=100,
     batch=128,
     width=64,
     depth=4,
@@ -55,7 +74,7 @@ FULL = Size(
     features=48,
     encoder_steps=500,
     classifier_steps=1_500,
-    noises=8,
+    noises=4,
     samples=1_000,
     solver_steps=10,
 )
@@ -213,31 +232,46 @@ def main() -> None:
         found = fs.metrics.Moments.of(classify(quantise(drawn[:, 0])))
         return Judged(float(measure(flow)), float(fs.metrics.frechet_distance(real, found)))
 
-    curves, seconds = {}, {}
     featured = fs.alignment.Featured(features, train.labels)
     trainings = {"without": (matching, train.labels), "with REPA": (fs.alignment.REPA(matching), featured)}
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, size.steps // 20, size.steps)
+    curves: dict[str, dict[int, Judged]] = {}
+    seconds: dict[str, float] = {}
     for name, (loss, args) in trainings.items():
-        start, judging = time.perf_counter(), 0.0
         curve = curves[name] = {}
+        seconds[name] = resumed = 0.0
         for state in fs.training.fit(
             loss,
             make_flow(size, model_key),
             training_batches(train.images, args, size, batch_key),
-            optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 2e-3, size.steps // 20, size.steps), weight_decay=0.01),
+            optax.adamw(rate, weight_decay=0.01),
             steps=size.steps,
             key=loss_key,
             ema=0.98,
             every=size.every,
-            progress=False,
         ):
-            paused = time.perf_counter()
+            # The first steps compile.
+            if curve:
+                seconds[name] += time.perf_counter() - resumed
             curve[int(state.step)] = judge(state.ema_flow)
-            judging += time.perf_counter() - paused
-            print(name, int(state.step), curve[int(state.step)], float(state.metrics["loss"]), flush=True)
-        seconds[name] = time.perf_counter() - start - judging
-    print(seconds, f"total {time.perf_counter() - began:.0f} s")
+            resumed = time.perf_counter()
+
+    print(f"\n{'':<8}{'loss':^22}{'Frechet':^22}\n{'step':>6}  " + 2 * "".join(f"{name:>11}" for name in curves))
+    for step in curves["without"]:
+        rows = [curve[step] for curve in curves.values()]
+        losses, distances = (f"{row.loss:>11.4f}" for row in rows), (f"{row.frechet:>11.2f}" for row in rows)
+        print(f"{step:>6}  " + "".join((*losses, *distances)))
     floor = float(fs.metrics.frechet_distance(real, fs.metrics.Moments.of(classify(train.images))))
-    draw_picture(curves, floor, options.out / "curves.png")
+    print(f"{'training images':<30}{floor:>22.2f}")
+    print(
+        f"\nloss: of flow matching alone, on {len(held_out.labels)} held-out digits, {size.noises} noises each, the "
+        f"same in all\nFrechet: distance of {size.samples} samples to them in the features of digits.py's classifier"
+    )
+    costs = ", ".join(f"{1e3 * spent / (size.steps - size.every):.0f} ms {name}" for name, spent in seconds.items())
+    print(f"a step of training: {costs}")
+    file = options.out / "curves.png"
+    draw_picture(curves, floor, file)
+    print(f"picture: {file}\ntotal {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ class Features(eqx.Module):
         flow = fs.Flow(network, path, prediction)
 
     **Arguments:** `network`: `network(t, x, args, *, key=None)` -> (output, features), one example; `head`: None, or a
-    module with parameters of its own, features -> what is handed out: a projector, a discriminator. It trains with the
-    network.
+    module with parameters of its own, features -> what is handed out: a `Projector`, a discriminator. It trains with
+    the network.
 
     **Raises:** `ValueError` if the network does not return a pair.
     """
