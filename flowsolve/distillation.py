@@ -38,7 +38,7 @@ from jaxtyping import Array, Bool, PyTree, Real
 
 from ._checks import check, check_count, check_key, check_type, describe, is_concrete, known
 from ._features import with_features
-from ._numerics import as_scalar, linear_combination, normal_like, optional_scalar
+from ._numerics import as_scalar, frozen, linear_combination, normal_like, optional_scalar
 from ._types import Args, PRNGKey, Scalar, ScalarLike, State
 from .couplings import Independent, Pairs
 from .flow import AbstractFlow, check_flow, check_has_score
@@ -403,7 +403,7 @@ class DMD2(eqx.Module):
         """The loss of one example; t are the fake's time and the student's, `noise` is the fake's."""
         key_index, key_start, key_student, key_fake, key_match, key_data = jax.random.split(key, 6)
         index = jax.random.randint(key_index, (), 0, len(ts) - 1)
-        begin = jax.lax.stop_gradient(self.start(_frozen(flow.student), ts, index, x0, args, key=key_start))
+        begin = jax.lax.stop_gradient(self.start(frozen(flow.student), ts, index, x0, args, key=key_start))
 
         def sample(student: AbstractFlow) -> State:
             return student.denoised(ts[index], begin, args, key=key_student)
@@ -414,7 +414,7 @@ class DMD2(eqx.Module):
             noise = flow.fake.source.sample(key_match, x0)
             return self._student_loss(flow, x, args, t[1], noise, mask)
 
-        x = jax.lax.stop_gradient(sample(_frozen(flow.student)))
+        x = jax.lax.stop_gradient(sample(frozen(flow.student)))
         loss = self._fake_loss(flow.fake, x, x0, args, t[0], noise, (key_fake, key_data), mask)
         # `count` belongs to the batch, so that the branch is taken, not both of them and a choice.
         trains = self._trains(jax.lax.stop_gradient(flow.count))
@@ -425,7 +425,7 @@ class DMD2(eqx.Module):
     ) -> Scalar:
         """The loss of the student's sample x."""
         x_t = flow.path.interpolate(t, x, noise)
-        fake = _frozen(flow.fake)
+        fake = frozen(flow.fake)
         denoised, logits = with_features(lambda: fake.denoised(t, x_t, args))
         wanted = self.teacher.denoised(t, jax.lax.stop_gradient(x_t), args)
         gradient = jax.lax.stop_gradient(matching_gradient(x, denoised, wanted, mask=mask))
@@ -499,12 +499,6 @@ class _Both(AbstractTimePairs):
 
     def sample(self, path: AbstractPath, key: PRNGKey, num: int) -> tuple[Array, Array]:
         return self.first.sample(path, key, num), self.second.sample(path, jax.random.fold_in(key, 1), num)
-
-
-def _frozen(flow: AbstractFlow) -> AbstractFlow:
-    """The flow, whose parameters get no gradient."""
-    arrays, rest = eqx.partition(flow, eqx.is_array)
-    return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
 def _logits(features: tuple[PyTree, ...]) -> PyTree:

@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ._checks import check, check_key, check_positive, check_state, check_type, describe, is_concrete, known
-from ._numerics import as_scalar, as_state, normal_like, state_like, tree_dot, tree_size
+from ._numerics import as_scalar, as_state, frozen, normal_like, state_like, tree_dot, tree_size
 from ._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
 from .flow import AbstractFlow, AbstractFlowWrapper, check_flow
 from .likelihood import log_prob
@@ -338,7 +338,7 @@ class Joint(eqx.Module):
         low, high = self.times.bounds(path)
         span = 0.5 * (path.log_snr(low) - path.log_snr(high)) * u[0].size
         noise = Regression(times=self.times, target=Noise())
-        cross_entropy = span * noise(_stopped(model.flow), z, args, key=prior_key)[1].losses
+        cross_entropy = span * noise(frozen(model.flow), z, args, key=prior_key)[1].losses
 
         terms = Terms(reconstruction, (cross_entropy - entropy) / sizes)
         matching, _ = self.matching(model.flow, jax.lax.stop_gradient(z), args, key=matching_key)
@@ -362,7 +362,3 @@ def _autoencoded(
         return u, -_log_decoder(model, x, u, loss.std) / size, (mean, log_std)
 
     return *jax.vmap(one)(jnp.arange(len(jax.tree.leaves(x)[0])), x), size
-
-
-def _stopped(flow: AbstractFlow) -> AbstractFlow:
-    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, flow)
