@@ -310,7 +310,7 @@ class ContinuousConsistency(eqx.Module):
         if self.teacher is None:
             velocity = linear_combination((d_alpha, d_sigma), (x0, noise))
         else:
-            velocity = jax.lax.stop_gradient(self.teacher.velocity(t, x_t, args))
+            velocity = self.teacher.velocity(t, x_t, args)
         # The tangents have the factor cos(theta) dt/dtheta: as large as n, where dt/dtheta alone may be infinite.
         pace = alpha * norm / (alpha * d_sigma - sigma * d_alpha)
         direction = linear_combination((pace,), (velocity,))
@@ -322,7 +322,7 @@ class ContinuousConsistency(eqx.Module):
             error = linear_combination((c, -c), (output, taught))
         first = -((alpha * s / norm) ** 2) * s * scale
         g = linear_combination((self.warmup, (1 - self.warmup) * first), (whole, error))
-        return output, scale * c, jax.lax.stop_gradient(g)
+        return output, scale * c, g
 
     def __call__(
         self,
@@ -361,9 +361,9 @@ class ContinuousConsistency(eqx.Module):
 
 
 def _step(teacher: AbstractFlow, solver: diffrax.AbstractSolver, t: Scalar, r: Scalar, x: State, args: Args) -> State:
-    """One step of a solver along the teacher, without a gradient."""
+    """One step of a solver along the teacher."""
     sol = solve(teacher, x, args, solver=solver, grid=Uniform(1), t_start=t, t_end=r, throw=False)
-    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf[-1]), sol.ys)
+    return jax.tree.map(lambda leaf: leaf[-1], sol.ys)
 
 
 def _masked(tree: State, mask: PyTree[Bool[Array, "..."]] | None) -> State:

@@ -258,6 +258,8 @@ class Tightening(AbstractTimePairs):
     def _earlier(self, path: AbstractPath, t: Scalar) -> Scalar:
         alpha, sigma = path.coefficients(t)
         step = self.q**-self.stage * (1 + self.k * jax.nn.sigmoid(-self.b * sigma / alpha))
-        r = path.time_at(alpha, jnp.maximum(1 - step, 0) * sigma)
-        # The inverse of a path without an end of sigma = 0 need not be finite there.
-        return jnp.where(step < 1, jnp.clip(r, as_scalar(path.t_data), t), as_scalar(path.t_data))
+        alpha_data, sigma_data = path.coefficients(as_scalar(path.t_data))
+        wanted, end = (1 - step) * sigma, alpha * sigma_data / alpha_data
+        # Below its own end a path has no times.
+        r = path.time_at(alpha, jnp.maximum(wanted, end))
+        return jnp.where(wanted > end, jnp.clip(r, as_scalar(path.t_data), t), as_scalar(path.t_data))
