@@ -83,7 +83,8 @@ class Consistency(eqx.Module):
             for state in fs.training.fit(loss, state, batches, optimiser, steps=(stage + 1) * 500, key=first):
                 ...
 
-    and likewise with `GridNeighbours(doubling_points(stage / 8))`.
+    and likewise with `GridNeighbours(doubling_points(stage / 8))`. For that `every` must be no more than the steps of
+    the first stage.
 
     **Arguments:**
 
