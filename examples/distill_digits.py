@@ -18,16 +18,13 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-from digits import CLASSES, LEVELS, Split, load, quantise, train_classifier
+from digits import CLASSES, Split, load, quantise, train_classifier
 from latent_digits import training_batches
+from meanflow_digits import draw_picture
 
 import flowsolve as fs
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 LIKE = jax.ShapeDtypeStruct((8, 8), jnp.float32)  # one example
 STEPS = (1, 2, 4)  # of the students
@@ -129,19 +126,6 @@ def matched(teacher: fs.Flow, train: Split, size: Size, key: jax.Array) -> fs.Ab
 
 
 # --- the run -----------------------------------------------------------------------------------------
-
-
-def draw_picture(rows: dict[str, np.ndarray], file: Path) -> None:
-    """The same twenty noises, two of each class, sampled in each way."""
-    figure, axes = plt.subplots(len(rows), 1, figsize=(7, 1.7 * len(rows)), layout="constrained")
-    for axis, (name, images) in zip(axes, rows.items(), strict=True):
-        grid = images[: 2 * CLASSES].reshape(2, CLASSES, 8, 8)
-        strip = np.pad(grid, ((0, 0), (0, 0), (1, 1), (1, 1))).transpose(0, 2, 1, 3).reshape(20, 10 * CLASSES)
-        axis.imshow(strip, cmap="gray_r", vmin=0, vmax=LEVELS - 1)
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(name, fontsize=10)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -3,7 +3,21 @@
     python examples/meanflow_digits.py            # about 5 minutes on 2 CPU cores
     python examples/meanflow_digits.py --smoke    # everything tiny: a check that it runs
 
-TABLE
+Needs `pip install "flowsolve[examples]"`. Data and classifier are those of `digits.py` beside it, batches those of
+`latent_digits.py`. A network of two times is trained as a flow map by MeanFlow, and once more as a flow, with the same
+batches and number of steps. Expect about:
+
+                                       NFE  accuracy  Frechet
+    MeanFlow, 1 jump                     1     1.000     5.52
+    MeanFlow, 2 jumps                    2     1.000     2.21
+    MeanFlow, 4 jumps                    4     1.000     2.52
+    MeanFlow, 50 Euler steps            50     0.999     3.05
+    flow matching, 1 Euler step          1     1.000    12.91
+    flow matching, 4 Euler steps         4     1.000     2.75
+    flow matching, 50 Euler steps       50     1.000     2.08
+    real, training                             1.000     1.49
+
+(One step of flow matching gives the mean of a class, which the classifier knows well: the Frechet distance tells.)
 
 Written to `outputs/meanflow_digits/`: the same noises in 1, 2 and 4 jumps and in 50 steps of both, samples.png.
 """
@@ -60,11 +74,10 @@ def make_flow_map(size: Size, key: jax.Array) -> fs.flowmaps.FlowMap:
     return fs.flowmaps.FlowMap(network, fs.paths.Linear())
 
 
-def train_with(loss: eqx.Module, train: Split, size: Size, key: jax.Array) -> tuple[fs.flowmaps.FlowMap, float]:
-    """The flow map with averaged weights, and the milliseconds of a step."""
+def train_with(loss: eqx.Module, train: Split, size: Size, key: jax.Array) -> fs.flowmaps.FlowMap:
+    """The flow map with averaged weights."""
     network_key, batch_key, loss_key = jax.random.split(key, 3)
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, size.steps // 20, size.steps)
-    began = time.perf_counter()
     *_, state = fs.training.fit(
         loss,
         make_flow_map(size, network_key),
@@ -74,7 +87,7 @@ def train_with(loss: eqx.Module, train: Split, size: Size, key: jax.Array) -> tu
         key=loss_key,
         ema=0.99,
     )
-    return state.ema_flow, 1e3 * (time.perf_counter() - began) / size.steps
+    return state.ema_flow
 
 
 def draw_picture(rows: dict[str, np.ndarray], file: Path) -> None:
@@ -107,9 +120,9 @@ def main() -> None:
 
     # The same network, the same batches and number of steps, trained as a flow and as a flow map.
     times = fs.times.LogitNormal(std=1.5)
-    matching, matching_ms = train_with(fs.losses.Regression(times=times), train, size, train_key)
+    matching = train_with(fs.losses.Regression(times=times), train, size, train_key)
     mean_flow = fs.losses.MeanFlow(fs.times.TimePairs(times, equal=0.5))
-    flow_map, mean_flow_ms = train_with(mean_flow, train, size, train_key)
+    flow_map = train_with(mean_flow, train, size, train_key)
     trained = time.perf_counter()
 
     labels = jnp.arange(size.samples) % CLASSES  # 0, ..., 9, 0, ..., 9, ...
@@ -133,14 +146,14 @@ def main() -> None:
     for steps in (1, 4, 50):
         name = f"flow matching, {steps} Euler step{'s' if steps > 1 else ''}"
         row(name, steps, sample(matching, diffrax.Euler(), steps), labels)
-    pictures = {name: pictures[name] for name in list(pictures)[:4] + list(pictures)[-1:]}
+    kept = [name for name in pictures if name.startswith("MeanFlow") or "50" in name]
     row("real, training", 0, train.images, train.labels)
     print(
         "\naccuracy: of the classifier on the wanted labels\nFrechet: distance to held-out digits in the classifier's "
-        f"features\na step of training: {matching_ms:.0f} ms flow matching, {mean_flow_ms:.0f} ms MeanFlow"
+        "features"
     )
     file = options.out / "samples.png"
-    draw_picture({name: images for name, images in pictures.items() if name != "real, training"}, file)
+    draw_picture({name: pictures[name] for name in kept}, file)
     done = time.perf_counter()
     print(f"picture: {file}\ntotal {done - began:.0f} s: training {trained - began:.0f} s")
 
