@@ -217,7 +217,7 @@ class DMD2(eqx.Module):
 
     - `teacher`: a flow on the path of the student, guided or not; it is not trained;
     - `ts`: the student's times, falling, the last of them the clean end; each example takes one but the last at random.
-      None: one step between the path's ends;
+      None: one step between the path's ends. The fake does not know which: it learns the law of all samples together;
     - `start`: `Renoised()`, `SimulatedSDE()` or `SimulatedODE()`: where the state at that time comes from;
     - `times`: the law of t in the student's loss; None: uniform over the middle 96 % between the path's ends. On `EDM`
       take one in noise levels, such as `times.LogNormal()`;

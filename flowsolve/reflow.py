@@ -9,9 +9,23 @@ $$\mathrm{curvature} = \frac{E \int |\dot x_t - (x_{t_1} - x_{t_0})/(t_1 - t_0)|
 along the solutions of the probability flow: 0 where every path is straight and run through at one speed, or stands
 still, and then one step of Euler is exact.
 
-    pairs = fs.reflow.pairs(flow, like, num=50_000, key=key, chunk=1_000)
-    straight = fs.Flow(network, fs.paths.Linear(), fs.predictions.Velocity(), source=fs.sources.CoupledNormal())
-    batches = fs.data.Batches(pairs, batch_size=256, key=key)
+A round is pairs of the last flow, and a flow trained on them, from the last one's network:
+
+    loss = fs.losses.Regression()
+    for number in range(3):
+        pairs = fs.reflow.pairs(flow, like, num=50_000, key=jax.random.fold_in(key, number), chunk=1_000)
+        batches = fs.data.Batches(pairs, batch_size=256, key=key)
+        flow = fs.Flow(flow.network, flow.path, flow.prediction, source=fs.sources.CoupledNormal())
+        *_, state = fs.training.fit(loss, flow, batches, optax.adamw(1e-4), steps=10_000, key=key)
+        flow = state.ema_flow
+        print(number, fs.reflow.curvature(flow, like, num=1_000, key=key))
+
+Distillation of a straight flow is the same loss at t_noise alone, where on `Linear` the optimal velocity is
+$\epsilon - x_0$, so that one step of Euler is the pair: `times.Given` draws from all of its times but the last.
+
+    loss = fs.losses.Regression(times=fs.times.Given((1.0, 0.0)))               # for two steps: (1.0, 0.5, 0.0)
+    ...
+    x = fs.sample(one_step, like, num=64, key=key, solver=diffrax.Euler(), grid=fs.grids.Uniform(1))
 
 Source: Liu, Gong & Liu (2022), arXiv 2209.03003. Deviation: the curvature is divided by the mean square of the whole
 displacement, so that it has no units.

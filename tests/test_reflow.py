@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import flowsolve as fs
 from flowsolve import paths, predictions, reflow, sources
@@ -75,3 +76,64 @@ def test_a_straight_flow_has_no_curvature():
     np.testing.assert_allclose(pairs.data, MEAN + STD * np.asarray(pairs.noise), atol=1e-5)
     value, _ = eqx.filter_jit(fs.losses.Regression())(straight, pairs, key=KEY)
     assert value < 1e-9
+
+
+class Line(eqx.Module):
+    """A velocity that is affine in x, and the same at all times."""
+
+    weight: jax.Array
+    bias: jax.Array
+
+    def __call__(self, t, x, args, *, key=None):
+        return self.weight * x + self.bias
+
+
+FLOW_OF_PAIRS = fs.Flow(
+    Line(jnp.zeros(3), jnp.zeros(3)), paths.Linear(), predictions.Velocity(), source=sources.CoupledNormal()
+)
+
+
+def test_distilled_at_t_noise_one_step_of_euler_is_the_pair():
+    """The optimum is eps - x_0 = (1 - s) eps - m: found by fit, from the pairs alone, and one step from every noise."""
+    pairs = reflow.pairs(FLOW, LIKE, num=64, key=KEY, solver=diffrax.Heun(), grid=GRID)
+    loss = fs.losses.Regression(times=fs.times.Given((1.0, 0.0)))
+    _, aux = loss(FLOW_OF_PAIRS, pairs, key=KEY)
+    assert np.all(np.asarray(aux.t) == 1)
+    *_, state = fs.training.fit(
+        loss, FLOW_OF_PAIRS, [pairs] * 300, optax.adam(0.1), steps=300, key=KEY, every=300, ema=None, progress=False
+    )
+    network = state.flow.network
+    np.testing.assert_allclose(network.weight, 1 - STD, atol=2e-3)
+    np.testing.assert_allclose(network.bias, -MEAN, atol=2e-3)
+    solver, grid = diffrax.Euler(), fs.grids.Uniform(1)
+    ends = jax.vmap(lambda x: fs.solve(state.flow, x, solver=solver, grid=grid).ys[-1])(pairs.noise)
+    np.testing.assert_allclose(ends, pairs.data, atol=5e-3)
+
+
+def test_curvature_falls_from_round_to_round():
+    """Five modes on a circle, whose paths bend; the loop at the top of `reflow`, with a small network."""
+    angles = 2 * np.pi * np.arange(5) / 5
+    means = 2 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    flow = fs.testing.GaussianMixture(np.ones(5), jnp.asarray(means, jnp.float32), 0.04).flow(
+        paths.Linear(), predictions.Velocity()
+    )
+    like = jax.ShapeDtypeStruct((2,), jnp.float32)
+    network = fs.nn.ResidualMLP(like, width=32, depth=1, key=KEY)
+    grid, optimiser = fs.grids.Uniform(16), optax.adam(optax.cosine_decay_schedule(3e-3, 300))
+
+    def curvature(flow):
+        return float(reflow.curvature(flow, like, num=500, key=KEY, grid=fs.grids.Uniform(40)))
+
+    curvatures = [curvature(flow)]
+    for number in range(2):
+        key = jax.random.fold_in(KEY, number)
+        pairs = reflow.pairs(flow, like, num=2_048, key=key, solver=diffrax.Heun(), grid=grid)
+        batches = fs.data.Batches(pairs, batch_size=256, key=key)
+        flow = fs.Flow(network, paths.Linear(), predictions.Velocity(), source=sources.CoupledNormal())
+        *_, state = fs.training.fit(
+            fs.losses.Regression(), flow, batches, optimiser, steps=300, key=key, ema=0.99, progress=False
+        )
+        flow = state.ema_flow
+        network = flow.network
+        curvatures.append(curvature(flow))
+    assert curvatures[1] < curvatures[0] / 20 and curvatures[2] < curvatures[1] / 2
