@@ -66,11 +66,11 @@ _draws = jax.jit(jax.vmap(DATA.sample_data))
 
 
 class Objective(NamedTuple):
-    """A loss, the flow that it trains around a network, and how to sample it: evaluations -> (flow, solver)."""
+    """The losses of equal parts of the training, the flow that they train around a network, and how it is sampled."""
 
-    loss: eqx.Module
+    stages: tuple[eqx.Module, ...]
     flow: Callable[[fs.nn.ResidualMLP], fs.AbstractFlow]
-    sampler: Callable[[fs.AbstractFlow], tuple[fs.AbstractFlow, diffrax.AbstractSolver]]
+    solver: diffrax.AbstractSolver
     evaluations: tuple[int, ...]
 
 
@@ -78,25 +78,26 @@ def flow_map(network: fs.nn.ResidualMLP) -> FlowMap:
     return FlowMap(network, fs.paths.Linear())
 
 
-def by_jumps(flow: fs.AbstractFlow) -> tuple[fs.AbstractFlow, diffrax.AbstractSolver]:
-    return flow, fs.solvers.Jump()
-
-
-def by_euler(flow: fs.AbstractFlow) -> tuple[fs.AbstractFlow, diffrax.AbstractSolver]:
-    return flow, diffrax.Euler()
+def plain(network: fs.nn.ResidualMLP) -> fs.Flow:
+    return fs.Flow(network, fs.paths.Linear(), fs.predictions.Velocity())
 
 
 REFERENCE = "flow matching, Euler"
 PAIRS = times.TimePairs(times.LogitNormal(-0.4, 1.0))
+JUMP, EULER = fs.solvers.Jump(), diffrax.Euler()
 OBJECTIVES = {
-    REFERENCE: Objective(losses.Regression(), flow_map, by_euler, (100, 2, 1)),
-    "MeanFlow": Objective(losses.MeanFlow(PAIRS), flow_map, by_jumps, (1, 2)),
-    "MeanFlow, power 0": Objective(losses.MeanFlow(PAIRS, power=0.0), flow_map, by_jumps, (1, 2)),
-    "MeanFlow, predicted tangent": Objective(
-        losses.MeanFlow(PAIRS, predicted_tangent=True), flow_map, by_jumps, (1, 2)
+    REFERENCE: Objective((losses.Regression(),), flow_map, EULER, (100, 2, 1)),
+    "MeanFlow": Objective((losses.MeanFlow(PAIRS),), flow_map, JUMP, (1, 2)),
+    "MeanFlow, power 0": Objective((losses.MeanFlow(PAIRS, power=0.0),), flow_map, JUMP, (1, 2)),
+    "MeanFlow, predicted tangent": Objective((losses.MeanFlow(PAIRS, predicted_tangent=True),), flow_map, JUMP, (1, 2)),
+    "Shortcut": Objective((losses.Shortcut(),), flow_map, JUMP, (1, 2)),
+    "moment matching, groups of 4": Objective((losses.InductiveMomentMatching(),), flow_map, JUMP, (1, 2)),
+    "consistency (ECT), 8 stages": Objective(
+        tuple(losses.Consistency(times.Tightening(n, times.LogNormal(-0.45, 1.6), b=0.5)) for n in range(8)),
+        plain,
+        fs.solvers.ConsistencySampling(),
+        (1, 2),
     ),
-    "Shortcut": Objective(losses.Shortcut(), flow_map, by_jumps, (1, 2)),
-    "moment matching, groups of 4": Objective(losses.InductiveMomentMatching(), flow_map, by_jumps, (1, 2)),
 }
 
 
@@ -110,17 +111,19 @@ def train(objective: Objective, options: argparse.Namespace) -> fs.AbstractFlow:
             yield draws(jax.random.fold_in(jax.random.key(1), n), options.batch)
 
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, options.steps // 20, options.steps)
-    *_, state = fs.training.fit(
-        objective.loss,
-        objective.flow(network),
-        batches(),
-        optax.adam(rate),
-        steps=options.steps,
-        key=jax.random.key(2),
-        ema=fs.averages.PowerFunction(0.1),
-        every=500,
-        progress=False,
-    )
+    state, drawn, optimiser = objective.flow(network), batches(), optax.adam(rate)
+    for number, loss in enumerate(objective.stages, 1):
+        *_, state = fs.training.fit(
+            loss,
+            state,
+            drawn,
+            optimiser,
+            steps=round(options.steps * number / len(objective.stages)),
+            key=jax.random.key(2) if number == 1 else None,
+            ema=fs.averages.PowerFunction(0.1),
+            every=500,
+            progress=False,
+        )
     return state.ema_flow
 
 
@@ -149,9 +152,8 @@ def objective_section(options: argparse.Namespace) -> str:
         start = time.perf_counter()
         trained = train(objective, options)
         seconds = time.perf_counter() - start
-        flow, solver = objective.sampler(trained)
         for evaluations in objective.evaluations:
-            found = distance(flow, solver, evaluations, options)
+            found = distance(trained, objective.solver, evaluations, options)
             reference = found if reference is None else reference
             share = f"{found / reference:.2f}"
             share = f"**{share}**" if found > 1.5 * reference else share
@@ -176,7 +178,7 @@ def cost_section(options: argparse.Namespace) -> str:
 
     def step(objective: Objective) -> Callable[[], object]:
         flow = objective.flow(network)
-        return lambda: jax.block_until_ready(gradient(objective.loss, flow, x))
+        return lambda: jax.block_until_ready(gradient(objective.stages[-1], flow, x))
 
     steps = {name: step(objective) for name, objective in OBJECTIVES.items()}
     for call in steps.values():
