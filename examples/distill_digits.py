@@ -119,7 +119,7 @@ def matched(teacher: fs.Flow, train: Split, size: Size, key: jax.Array) -> fs.Ab
     """DMD2: the student's samples move to where the teacher finds them likelier than a flow of these samples does."""
     key_batches, key_loss = jax.random.split(key)
     loss = fs.distillation.DMD2(teacher, ts=TIMES, start=fs.distillation.SimulatedSDE(), every=2)
-    optimiser = loss.optimiser(optax.adam(2e-4, b1=0.0), optax.adam(5e-4, b1=0.0))
+    optimiser = loss.optimiser(student=optax.adam(2e-4, b1=0.0), fake=optax.adam(5e-4, b1=0.0))
     both = fs.distillation.Distillation(teacher, teacher)
     batches = iter(training_batches(train, size, key_batches))
     return fitted(loss, both, batches, optimiser, size.matching_steps, key_loss).student
