@@ -38,8 +38,7 @@ class Size(NamedTuple):
     rounds: int  # of reflow
     reflow_steps: int  # in each
     pairs: int  # in each, a multiple of 10
-    stages: int  # of consistency distillation
-    consistency_steps: int  # in each
+    consistency_steps: int
     matching_steps: int  # of DMD2
     batch: int
     width: int
@@ -47,8 +46,8 @@ class Size(NamedTuple):
     samples: int  # of each row, a multiple of 10
 
 
-FULL = Size(1_800, 2, 1_000, 10_000, 4, 400, 2_000, 256, 256, classifier_steps=1_500, samples=1_000)
-SMOKE = Size(4, 1, 2, 20, 2, 2, 3, 16, 16, classifier_steps=4, samples=20)
+FULL = Size(1_800, 2, 1_000, 10_000, 800, 1_500, 256, 256, classifier_steps=1_500, samples=1_000)
+SMOKE = Size(4, 1, 2, 20, 2, 3, 16, 16, classifier_steps=4, samples=20)
 
 
 def make_flow(size: Size, key: jax.Array) -> fs.Flow:
@@ -102,17 +101,11 @@ def reflowed(teacher: fs.Flow, size: Size, key: jax.Array) -> tuple[fs.Flow, lis
 
 
 def consistent(teacher: fs.Flow, train: Split, size: Size, key: jax.Array) -> fs.AbstractFlow:
-    """Consistency distillation: f(t, x_t) is f of where the teacher goes in one small step, smaller each stage."""
+    """Consistency distillation: f at x_t is f of where the teacher goes from there in one step."""
     key_batches, key_loss = jax.random.split(key)
-    batches = iter(training_batches(train, size, key_batches))
-    optimiser = adamw(5e-4, size.stages * size.consistency_steps)
-    state = teacher
-    for stage in range(size.stages):
-        pairs = fs.times.GridNeighbours(2.0 ** (stage + 3) + 1, fs.times.Uniform())
-        loss = fs.losses.Consistency(pairs, teacher=teacher, weight=None)
-        steps, first = (stage + 1) * size.consistency_steps, key_loss if stage == 0 else None
-        *_, state = fs.training.fit(loss, state, batches, optimiser, steps=steps, key=first, ema=0.99)
-    return state.ema_flow
+    loss = fs.losses.Consistency(fs.times.Tightening(2.0, fs.times.Uniform()), teacher=teacher, weight=None)
+    batches, optimiser = iter(training_batches(train, size, key_batches)), adamw(5e-4, size.consistency_steps)
+    return fitted(loss, teacher, batches, optimiser, size.consistency_steps, key_loss)
 
 
 def matched(teacher: fs.Flow, train: Split, size: Size, key: jax.Array) -> fs.AbstractFlow:
