@@ -1,9 +1,31 @@
 """Handwritten digits in few steps: one teacher, distilled in three ways.
 
-    python examples/distill_digits.py            # about 10 minutes on 2 CPU cores
+    python examples/distill_digits.py            # 15 minutes on 2 CPU cores that did other work too
     python examples/distill_digits.py --smoke    # everything tiny: a check that it runs
 
-TABLE
+Needs `pip install "flowsolve[examples]"`. Data and classifier are those of `digits.py` beside it, batches those of
+`latent_digits.py`. Every student begins as the teacher. Expect about:
+
+                                 NFE  accuracy  Frechet
+    teacher, Euler                50     1.000     2.28
+    teacher, Euler                 1     1.000    12.78
+    teacher, Euler                 2     1.000     4.97
+    teacher, Euler                 4     1.000     2.85
+    reflow, 2 rounds, Euler        1     1.000     2.61
+    reflow, 2 rounds, Euler        2     1.000     2.70
+    reflow, 2 rounds, Euler        4     1.000     2.72
+    consistency                    1     1.000     3.69
+    consistency                    2     1.000     3.16
+    consistency                    4     1.000     3.78
+    DMD2                           1     1.000     4.73
+    DMD2                           2     1.000     3.51
+    DMD2                           4     0.999     6.56
+
+    curvature of the paths, teacher and each round: 0.0681, 0.0032, 0.0017
+
+(One step of the teacher gives the mean of a class, which the classifier knows well: the Frechet distance tells. The
+student of DMD2 has one fake for all of its four times, which sees their samples together: while those of one step are
+too much alike, those of four make up for it and overshoot.)
 
 Written to `outputs/distill_digits/`: the same noises sampled by the teacher and by its students, samples.png.
 """

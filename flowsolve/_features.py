@@ -28,3 +28,8 @@ def with_features(function: Callable[[], _T]) -> tuple[_T, tuple[PyTree, ...]]:
     """function(), and what was handed out in it, in order."""
     value, found = _FEATURES.collect(function)
     return value, tuple(found)
+
+
+def without_features(function: Callable[[], _T]) -> _T:
+    """function(), of which nothing is handed out further: an evaluation that is not trained."""
+    return with_features(function)[0]

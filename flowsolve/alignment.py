@@ -85,7 +85,8 @@ class REPA(eqx.Module):
 
     **Arguments:**
 
-    - `loss`: called as `losses.Regression` is, gives `losses.Aux`. It gets the network's args alone;
+    - `loss`: called as `losses.Regression` is, gives `losses.Aux` with a term for each example. It gets the network's
+      args alone;
     - `weight`: lambda >= 0, 0.5 by default.
 
     Called on a flow whose network is a `nn.Features`, a batch, and `Featured(features, args)`. Returns L and the `Aux`
@@ -121,7 +122,10 @@ class REPA(eqx.Module):
         check_type(
             args, Featured, "The args of REPA", "fs.alignment.Featured(features, args), with those of the network in it"
         )
-        value, aux = self.loss(flow, x0, args.args, key=key, example_weight=example_weight, mask=mask)
+        # Losses that compare examples have neither.
+        given = {"example_weight": example_weight, "mask": mask}
+        given = {name: value for name, value in given.items() if value is not None}
+        value, aux = self.loss(flow, x0, args.args, key=key, **given)
         if not isinstance(aux, Aux):
             raise TypeError(
                 f"The loss in REPA gave {type(aux).__name__} beside its value, but wants losses.Aux, which holds what "
@@ -129,8 +133,9 @@ class REPA(eqx.Module):
             )
         if not aux.features:
             raise ValueError(
-                "The network handed nothing out, but REPA wants the tokens to align: wrap it as fs.nn.Features("
-                "eqx.Partial(network.hidden, block=...), fs.nn.Projector(width, dim, key=key))."
+                f"Nothing that a network handed out came through {type(self.loss).__name__}, but REPA wants the tokens "
+                "to align: wrap the network as fs.nn.Features(eqx.Partial(network.hidden, block=...), "
+                "fs.nn.Projector(width, dim, key=key)), in a loss such as fs.losses.Regression()."
             )
         num, features = len(aux.losses), jnp.asarray(args.features)
         for tokens in aux.features:

@@ -19,11 +19,12 @@ of predictions: `predictions.convert`.
 
 from collections.abc import Sequence
 
+import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._checks import check_state, check_type, describe
+from ._checks import check, check_state, check_type, describe
 from ._numerics import as_scalar, as_state
 from ._types import PRNGKey, ScalarLike, State
 from .paths import AbstractPath
@@ -112,7 +113,15 @@ def times_from_list(
 
     **Raises:** `ValueError` for times that do not fall or lie outside the path.
     """
-    return Given(ts).sample(path, key, num)
+    given = Given(ts)
+    inside = jax.vmap(path.contains)(given.ts)
+    points = check(
+        given.ts,
+        ~inside,
+        f"times_from_list got times outside {type(path).__name__}: take them from t_noise down to t_data, or to the "
+        "clean end below it, where sigma = 0.",
+    )
+    return eqx.tree_at(lambda g: g.ts, given, points).sample(path, key, num)
 
 
 def _convert(

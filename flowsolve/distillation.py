@@ -279,6 +279,13 @@ class DMD2(eqx.Module):
             f"ts has times outside {type(teacher.path).__name__}: take them from t_noise down to t_data, or to the "
             "clean end below it, where sigma = 0.",
         )
+        last = points[-1]
+        points = check(
+            points,
+            ~((last == low) | (teacher.path.coefficients(last)[1] == 0)),
+            "ts ends at t = {}, but wants the clean end as its last time, from which no student starts: add t_data.",
+            last,
+        )
         self.teacher = teacher
         self.ts = eqx.tree_at(lambda g: g.ts, given, points)
         self.start = start
@@ -307,6 +314,15 @@ class DMD2(eqx.Module):
         if isinstance(x0, Pairs):
             raise TypeError("x0 is Pairs, but a student draws its own noise: give it the data alone.")
         _check_same_path(flow, self.teacher, "The student and the teacher")
+        moved = (flow.count < 0) | (flow.count != jnp.round(flow.count))
+        count = check(
+            flow.count,
+            moved,
+            "Another optimiser than DMD2.optimiser moved the count of a Distillation, by which its two take turns: "
+            "give fit the optimiser loss.optimiser(student=optax.adamw(1e-5), fake=optax.adamw(1e-5)).",
+        )
+        flow = eqx.tree_at(lambda f: f.count, flow, count)
+        assert isinstance(flow, Distillation)
         ts = self._settled(flow.student)
         draw = flow.fake.source.sample if self.fake_loss.noise is None else self.fake_loss.noise
 
@@ -327,6 +343,8 @@ class DMD2(eqx.Module):
             mask=mask,
             dropout=None,
         )
+        # Any other optimiser than that of `optimiser` moves the count down, and is found out in the next step.
+        value = value + 1e-12 * (flow.count - jax.lax.stop_gradient(flow.count))
         # What networks handed out is the loss's own.
         return value, aux._replace(features=())
 

@@ -22,7 +22,7 @@ Source: Boffi, Albergo & Vanden-Eijnden (2024), arXiv 2406.07507 (flow maps); Ge
 
 from typing import ClassVar
 
-from ._checks import check_callable, check_state, check_type
+from ._checks import check, check_callable, check_state, check_type, is_concrete, known
 from ._numerics import as_scalar, linear_combination
 from ._types import Args, Network, PRNGKey, ScalarLike, State
 from .flow import AbstractFlow, check_output
@@ -60,9 +60,15 @@ class FlowMap(AbstractFlow):
     def average_velocity(
         self, t: ScalarLike, r: ScalarLike, x: State, args: Args = None, *, key: PRNGKey | None = None
     ) -> State:
-        """u(t, r, x), of the structure of `x`, one example at time t."""
+        """u(t, r, x), of the structure of `x`, one example at time t.
+
+        **Raises:** `ValueError` for r > t, where they are concrete, and for a network whose output is not like x.
+        """
         check_state(x, "x")
-        output = self.network((as_scalar(t), as_scalar(r)), x, args, key=key)
+        t, r = as_scalar(t), as_scalar(r)
+        if is_concrete((t, r)):
+            check(t, known(r) > known(t), "A flow map got t = {} and r = {}, but wants r <= t: swap them.", t, r)
+        output = self.network((t, r), x, args, key=key)
         check_output(output, x)
         return output
 

@@ -43,6 +43,15 @@ def exact(path, means=MEANS[:1], scale=1.0):
     return flowmaps.FlowMap(Exact(jnp.asarray(means, float), path, jnp.asarray(scale, float)), path)
 
 
+class _Tight(eqx.Module):
+    """The average velocity of data at 0 on EDM's path: x is proportional to t."""
+
+    path: paths.AbstractPath
+
+    def __call__(self, t, x, args, *, key=None):
+        return x / t[0]
+
+
 class Net(eqx.Module):
     """A small network of two times, nonlinear in all it gets."""
 
@@ -114,7 +123,7 @@ def test_consistency_sampling_draws_the_data():
 
 
 def test_consistency_sampling_is_its_formula():
-    """x_s = alpha_s f + sigma_s z with a z of its own: mean and standard deviation given x_t."""
+    """x_s = rho f + sqrt(sigma_s^2 - rho^2 sigma_d^2) z with a z of its own: moments given x_t. At t_data f itself."""
     path = PATHS["vp"]
     flow = flowmaps.OntoData(exact(path))
     x = jnp.array([0.4, -0.2])
@@ -127,9 +136,35 @@ def test_consistency_sampling_is_its_formula():
     num = 4_000
     drawn = np.asarray(jax.vmap(step)(jax.random.split(KEY, num)))
     alpha, sigma = (float(c) for c in path.coefficients(jnp.asarray(0.5)))
-    mean = alpha * np.asarray(flow.denoised(0.8, x))
-    assert np.all(np.abs(drawn.mean(0) - mean) < 4 * sigma / np.sqrt(num))
-    assert np.all(np.abs(drawn.std(0) / sigma - 1) < 4 / np.sqrt(2 * num))
+    alpha_data, sigma_data = (float(c) for c in path.coefficients(jnp.asarray(path.t_data)))
+    rho = alpha / alpha_data
+    mean, std = rho * np.asarray(flow.denoised(0.8, x)), np.sqrt(sigma**2 - (rho * sigma_data) ** 2)
+    assert np.all(np.abs(drawn.mean(0) - mean) < 4 * std / np.sqrt(num))
+    assert np.all(np.abs(drawn.std(0) / std - 1) < 4 / np.sqrt(2 * num))
+    for path in PATHS.values():
+        flow = flowmaps.OntoData(exact(path))
+        found = fs.solve(flow, x, solver=solvers.ConsistencySampling(), grid=fs.grids.Uniform(1), key=KEY).ys[-1]
+        np.testing.assert_allclose(found, flow.denoised(path.t_noise, x), rtol=1e-6)
+
+
+def test_consistency_sampling_has_the_noise_of_the_middle():
+    """Data that is one point: x_s has the path's own standard deviation, of which sigma_d is in f already."""
+    path = paths.EDM(t_data=0.5, t_noise=20.0)
+    tight = flowmaps.FlowMap(_Tight(path), path)
+
+    def step(key):
+        start = 20.0 * jax.random.normal(key, (2,))
+        return fs.solve(
+            flowmaps.OntoData(tight),
+            start,
+            solver=solvers.ConsistencySampling(),
+            grid=fs.grids.Uniform(1),
+            t_end=0.8,
+            key=jax.random.fold_in(key, 1),
+        ).ys[-1]
+
+    drawn = np.asarray(jax.vmap(step)(jax.random.split(KEY, 4_000)))
+    assert abs(drawn.std() / 0.8 - 1) < 4 / np.sqrt(2 * drawn.size)
 
 
 def test_boundary_of_the_consistency_function_is_exact():
@@ -146,7 +181,8 @@ def test_boundary_of_the_consistency_function_is_exact():
 def test_target_at_the_true_map_is_the_map(name, x64):
     """For all r < t, and r = t, the target at the exact u is u: pitfall 19."""
     path = PATHS[name]
-    all_losses = MeanFlow(), MeanFlow(predicted_tangent=True), Shortcut(finest=0.0)
+    pairs = times.TimePairs(times.Uniform())
+    all_losses = MeanFlow(), MeanFlow(predicted_tangent=True), Shortcut(pairs, finest=0.0)
     flow, oracle = exact(path), exact(path).network.oracle(None)
     low, high = path.t_data, path.t_noise
     places = np.array([0.02, 0.1, 0.3, 0.5, 0.8, 0.99])
@@ -172,7 +208,7 @@ def test_target_at_a_wrong_map_is_another(x64):
     flow = exact(path, scale=1.1)
     x = jnp.array([0.5, 0.2])
     data, noise = pair_with_exact_velocity(exact(path).network.oracle(None), path, 0.8, x)
-    for loss in (MeanFlow(), Shortcut(finest=0.0)):
+    for loss in (MeanFlow(), Shortcut(times.TimePairs(times.Uniform()), finest=0.0)):
         target = loss.target(flow, data, t=0.8, r=0.2, noise=noise)
         assert np.max(np.abs(target - flow.average_velocity(0.8, 0.2, x))) > 1e-3
 
@@ -236,8 +272,25 @@ def test_shortcut_target_is_two_steps(x64):
         short = t - m <= finest
         first = net64(net, t, t if short else m, x)
         second = net64(net, m, m if short else r, x - (t - m) * first)
-        found = Shortcut(finest=finest).target(flow, jnp.asarray(data), t=t, r=r, noise=jnp.asarray(noise))
+        found = Shortcut(times.TimePairs(times.Uniform()), finest=finest).target(
+            flow, jnp.asarray(data), t=t, r=r, noise=jnp.asarray(noise)
+        )
         np.testing.assert_allclose(found, (first + second) / 2, atol=1e-12)
+
+
+def test_shortcut_is_anchored_in_the_velocity():
+    """A map that never moves, but has a velocity, is no minimum: halves of the shortest interval are the velocity's."""
+
+    class Still(eqx.Module):
+        def __call__(self, t, x, args, *, key=None):
+            return jnp.where(t[0] == t[1], 3 * x + 1, 0 * x)
+
+    flow = flowmaps.FlowMap(Still(), PATHS["linear"])
+    for steps in (2, 8, 128):
+        value, _ = run(Shortcut(times.DyadicPairs(steps, equal=0.0)), flow, batch(256))
+        assert value > 0.05
+    with pytest.raises(ValueError, match="targets that nothing trains"):
+        Shortcut(times.DyadicPairs(8), finest=1 / 128)
 
 
 def test_no_gradient_flows_through_the_target():
@@ -373,6 +426,7 @@ def test_features_reach_the_loss_through_the_derivative():
 
     flow = flowmaps.FlowMap(fs.nn.Features(Both(Net())), PATHS["linear"])
     _, aux = run(MeanFlow(predicted_tangent=True), flow, batch())
+    assert len(aux.features) == 1
     np.testing.assert_array_equal(aux.features[0][:, 0], aux.t)
     assert np.all(aux.features[0][:, 1] <= aux.features[0][:, 0])
     plain = run(MeanFlow(predicted_tangent=True), flowmaps.FlowMap(Net(), PATHS["linear"]), batch())
@@ -490,6 +544,19 @@ def test_bad_input_is_named(untyped):
         (TypeError, "times is a Uniform", lambda: MeanFlow(times.Uniform())),
         (ValueError, "kappa = 1", lambda: MeanFlowGuidance(jnp.asarray(0), 2.0, 1.0)),
         (ValueError, "null condition", lambda: MeanFlowGuidance(None, 2.0)),
+        (ValueError, "r <= t: swap", lambda: flow.jump(0.2, 0.8, jnp.zeros(2))),
+        (ValueError, "low = 0.9", lambda: MeanFlowGuidance(jnp.asarray(0), 2.0, low=0.9, high=0.1)),
+        (
+            ValueError,
+            "leading axis of 8",
+            lambda: losses.InductiveMomentMatching()(flow, batch(8), jnp.ones(3), key=KEY),
+        ),
+        (
+            TypeError,
+            "Pairs made the noise depend",
+            lambda: losses.InductiveMomentMatching()(flow, fs.couplings.Pairs(batch(8), batch(8)), key=KEY),
+        ),
+        (TypeError, "IntervalEmbedding got an embedding", lambda: fs.nn.IntervalEmbedding(3)),
         (ValueError, "finest = 2", lambda: Shortcut(finest=2.0)),
         (ValueError, "groups of 4", lambda: losses.InductiveMomentMatching()(flow, batch(6), key=KEY)),
         (ValueError, "group = 1", lambda: losses.InductiveMomentMatching(1)),

@@ -101,8 +101,8 @@ def over_batch(
     """The weighted mean over a batch of one(x0, noise, args, t, key, mask), and its terms; t is (t, r) from pairs."""
     key = check_key(key, "a training loss")
     x0, args, mask = _without_numpy((x0, args, mask))
-    num = _batch_size(x0)
-    _check_batch_axis(args, num)
+    num = batch_size(x0)
+    check_batch_axis(args, num)
     x0 = jax.tree.map(_at_least_float32, x0)
     x0, given = (x0.data, x0.noise) if isinstance(x0, Pairs) else (x0, None)
     mask = _mask_like(mask, x0, num)
@@ -156,7 +156,7 @@ def _at_least_float32(leaf: Array) -> Array:
     return leaf if jnp.finfo(leaf.dtype).bits >= 32 else leaf.astype(jnp.float32)
 
 
-def _batch_size(x0: State) -> int:
+def batch_size(x0: State) -> int:
     """The length of the leading axis of all leaves of a batch of examples."""
     check_state(x0, "x0")
     sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(x0)}
@@ -170,7 +170,7 @@ def _batch_size(x0: State) -> int:
     return num
 
 
-def _check_batch_axis(args: Args, num: int) -> None:
+def check_batch_axis(args: Args, num: int) -> None:
     leaves = [leaf for leaf in jax.tree.leaves(args) if eqx.is_array(leaf)]
     if any(leaf.shape[:1] != (num,) for leaf in leaves):
         raise ValueError(

@@ -9,7 +9,7 @@ Here it is `flow.denoised`. At `t_data` it must be x itself, whatever the networ
 | flow | on a path with |
 |---|---|
 | `Flow(network, path, Velocity())`, `V()`, ... | sigma(t_data) = 0: `Linear`, `Trigonometric`, ... |
-| `Flow(network, path, Data(), EDMPreconditioner(s))` | sigma(t_data) = 0 |
+| `Flow(network, path, Data(), EDMPreconditioner(s, angle))` | sigma(t_data) = 0 |
 | `Flow(network, path, Data(), ConsistencyPreconditioner(s))` | any data end: `EDM`, `VP`, ... |
 | `flowmaps.OntoData(flow_map)` | any data end |
 
@@ -34,10 +34,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Real
 
 from .._checks import check, check_callable, check_positive, check_type, checked, is_concrete, known
+from .._features import hand_out, with_features, without_features
 from .._numerics import as_scalar, linear_combination, optional_scalar
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
 from ..couplings import AbstractCoupling, Independent
-from ..flow import AbstractFlow, Flow
+from ..flow import AbstractFlow, AbstractFlowWrapper, Flow
 from ..grids import Uniform
 from ..paths import AbstractPath
 from ..preconditioning import AbstractPreconditioner, AbstractSkipPreconditioner
@@ -149,9 +150,8 @@ class Consistency(eqx.Module):
         predicted = flow.denoised(t, x_t, args, key=key)
         # Exactly x_r at the end, also where a rounding or an infinity of the conversion stands in the way.
         at_end = r == as_scalar(path.t_data)
-        target = jax.tree.map(
-            lambda f, x: jax.lax.stop_gradient(jnp.where(at_end, x, f)), flow.denoised(r, x_r, args, key=key), x_r
-        )
+        earlier = without_features(lambda: flow.denoised(r, x_r, args, key=key))
+        target = jax.tree.map(lambda f, x: jax.lax.stop_gradient(jnp.where(at_end, x, f)), earlier, x_r)
         error = linear_combination((1.0, -1.0), (predicted, target))
         one = jnp.ones_like(t)
         if isinstance(self.elementwise, PseudoHuberNorm):
@@ -304,9 +304,9 @@ class ContinuousConsistency(eqx.Module):
         scale = jnp.where(jnp.isinf(scale), 0, scale)
         x_t = path.interpolate(t, x0, noise)
 
-        def function(t: Scalar, x: State) -> tuple[State, State]:
-            output = flow.output(t, x, args, key=key)
-            return output, convert(path, t, x, output, flow.prediction, Data())
+        def function(t: Scalar, x: State) -> tuple[tuple[State, State], tuple[PyTree, ...]]:
+            output, features = with_features(lambda: flow.output(t, x, args, key=key))
+            return (output, convert(path, t, x, output, flow.prediction, Data())), features
 
         if self.teacher is None:
             velocity = linear_combination((d_alpha, d_sigma), (x0, noise))
@@ -315,7 +315,9 @@ class ContinuousConsistency(eqx.Module):
         # The tangents have the factor cos(theta) dt/dtheta: as large as n, where dt/dtheta alone may be infinite.
         pace = alpha * norm / (alpha * d_sigma - sigma * d_alpha)
         direction = linear_combination((pace,), (velocity,))
-        (output, _), (_, whole) = jax.jvp(function, (t, x_t), (pace, direction))
+        (output, _), (_, whole), features = jax.jvp(function, (t, x_t), (pace, direction), has_aux=True)
+        for feature in features:
+            hand_out(lambda feature=feature: feature)
         if self.teacher is None:
             error = linear_combination((c, -a, -b), (output, x0, noise))
         else:
@@ -393,6 +395,8 @@ def _check_path(teacher: AbstractFlow | None, flow: AbstractFlow) -> None:
 def check_boundary(flow: AbstractFlow) -> None:
     """Raise unless f(t_data, x) = x, where that is known: not for a plain network of the data."""
     check_type(flow, AbstractFlow, "flow", "a fs.Flow or a fs.flowmaps.OntoData(flow_map)")
+    while isinstance(flow, AbstractFlowWrapper):
+        flow = flow.flow
     preconditioner = flow.preconditioner if isinstance(flow, Flow) else None
     if is_concrete((flow.path, preconditioner)):
         checked(_check_ends, flow.path, flow.prediction, preconditioner)

@@ -16,6 +16,7 @@ their mean given x_t is right. At r = t both are flow matching.
 """
 
 import abc
+import math
 
 import equinox as eqx
 import jax
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Real
 
 from .._checks import check_positive, check_type, describe, is_concrete
-from .._features import hand_out, with_features
+from .._features import hand_out, with_features, without_features
 from .._numerics import as_scalar, frozen, is_zero, linear_combination, optional_scalar
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
 from ..couplings import AbstractCoupling, Independent
@@ -183,6 +184,11 @@ class MeanFlowGuidance(eqx.Module):
         # The number 0 stays a number: then the conditional evaluation has no say.
         self.kappa = 0 if is_zero(kappa) else as_scalar(kappa)
         self.low, self.high = optional_scalar(low), optional_scalar(high)
+        ends = [end for end in (self.low, self.high) if end is not None]
+        if len(ends) == 2 and is_concrete(ends) and not float(ends[0]) < float(ends[1]):
+            raise ValueError(
+                f"MeanFlowGuidance got low = {float(ends[0]):g} and high = {float(ends[1]):g}, but wants low < high."
+            )
         if is_concrete(self.kappa) and not float(self.kappa) < 1:
             raise ValueError(
                 f"MeanFlowGuidance got kappa = {float(self.kappa):g}, but wants it below 1: the scale of guidance is "
@@ -247,8 +253,8 @@ class MeanFlow(AbstractFlowMapLoss):
     def __check_init__(self):
         _check_fields(self)
         check_positive(self, "eps")
-        if is_concrete(self.power) and not float(self.power) >= 0:
-            raise ValueError(f"MeanFlow got power = {float(self.power):g}, but wants it >= 0.")
+        if is_concrete(self.power) and not 0 <= float(self.power) < math.inf:
+            raise ValueError(f"MeanFlow got power = {float(self.power):g}, but wants it >= 0 and finite.")
         if self.guidance is not None:
             check_type(self.guidance, MeanFlowGuidance, "guidance", "None or fs.losses.MeanFlowGuidance(null, 2.0)")
 
@@ -272,8 +278,11 @@ class MeanFlow(AbstractFlowMapLoss):
         velocity = tangent = linear_combination((a, b), (x0, noise))
         own = frozen(flow)
         if self.guidance is not None:
-            tangent = self.guidance.velocity(own, velocity, t, x, args, key=key)
-        along = own.velocity(t, x, args, key=key) if self.predicted_tangent else tangent
+            guidance = self.guidance
+            tangent = without_features(lambda: guidance.velocity(own, velocity, t, x, args, key=key))
+        along = tangent
+        if self.predicted_tangent:
+            along = without_features(lambda: own.velocity(t, x, args, key=key))
 
         def average(t: Scalar, x: State) -> tuple[State, tuple[PyTree, ...]]:
             return with_features(lambda: flow.average_velocity(t, r, x, args, key=key))
@@ -297,7 +306,7 @@ class Shortcut(AbstractFlowMapLoss):
     - `times`: the law of (t, r); by default `times.DyadicPairs(128)`, intervals of 2/128, 4/128, ..., 1 of the path,
       and r = t in 3 of 4 examples, which are flow matching;
     - `finest`: halves of at most this part of the path are taken for no interval at all: their average velocity is the
-      velocity;
+      velocity, which nothing else ties to the intervals. None: 1/steps of `DyadicPairs(steps)`, 1/128 for other times;
     - `coupling`, `dropout`: as in `Regression`.
 
     One step costs a forward and a backward pass and two forward passes.
@@ -307,16 +316,28 @@ class Shortcut(AbstractFlowMapLoss):
     """
 
     times: AbstractTimePairs = eqx.field(default_factory=lambda: DyadicPairs(128))
-    finest: Scalar = eqx.field(default=1 / 128, converter=as_scalar)
+    finest: Scalar | None = eqx.field(default=None, converter=optional_scalar)
     coupling: AbstractCoupling = Independent()
     dropout: ConditionDropout | None = None
 
     def __check_init__(self):
         _check_fields(self)
-        if is_concrete(self.finest) and not 0 <= float(self.finest) < 1:
+        finest = self._finest
+        if not is_concrete(finest):
+            return
+        if not 0 <= float(finest) < 1:
+            raise ValueError(f"Shortcut got finest = {float(finest):g}, but wants a part of the path, 0 to 1.")
+        if isinstance(self.times, DyadicPairs) and float(finest) * self.times.steps < 0.999:
             raise ValueError(
-                f"Shortcut got finest = {float(self.finest):g}, but wants a part of the path, from 0 to 1."
+                f"Shortcut got finest = {float(finest):g} with DyadicPairs({self.times.steps}), whose halves of "
+                f"1/{self.times.steps} would be targets that nothing trains: leave finest out."
             )
+
+    @property
+    def _finest(self) -> Scalar:
+        if self.finest is not None:
+            return self.finest
+        return as_scalar(1 / (self.times.steps if isinstance(self.times, DyadicPairs) else 128))
 
     def weight(self, mean_square: Scalar, count: Scalar) -> Scalar:
         del count
@@ -340,10 +361,14 @@ class Shortcut(AbstractFlowMapLoss):
         own = frozen(flow)
         middle = 0.5 * (t + r)
         # Times are rounded: an interval is not exactly two of the finest.
-        short = t - middle <= 1.001 * self.finest * (as_scalar(path.t_noise) - as_scalar(path.t_data))
-        first = own.average_velocity(t, jnp.where(short, t, middle), x, args, key=key)
-        x_middle = linear_combination((1, middle - t), (x, first))
-        second = own.average_velocity(middle, jnp.where(short, middle, r), x_middle, args, key=key)
+        short = t - middle <= 1.001 * self._finest * (as_scalar(path.t_noise) - as_scalar(path.t_data))
+
+        def halves_of() -> tuple[State, State]:
+            first = own.average_velocity(t, jnp.where(short, t, middle), x, args, key=key)
+            x_middle = linear_combination((1, middle - t), (x, first))
+            return first, own.average_velocity(middle, jnp.where(short, middle, r), x_middle, args, key=key)
+
+        first, second = without_features(halves_of)
         halves = linear_combination((0.5, 0.5), (first, second))
         a, b, _ = flow.prediction.coefficients(path, t)
         matching = linear_combination((1, -a, -b), (u, x0, noise))

@@ -19,14 +19,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._checks import check_count, check_positive, check_state, check_type
+from .._checks import check_count, check_positive, check_type, is_concrete
+from .._features import without_features
 from .._numerics import as_scalar, frozen, tree_dot, tree_size
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
 from ..couplings import Independent
 from ..flowmaps import FlowMap
 from ..paths import AbstractPath
 from ..times import AbstractTimePairs, TimePairs, Uniform
-from .batch import Aux, ConditionDropout, over_batch
+from .batch import Aux, ConditionDropout, batch_size, check_batch_axis, over_batch
+from .regression import check_source
 
 __all__ = ["InductiveMomentMatching"]
 
@@ -37,8 +39,8 @@ class InductiveMomentMatching(eqx.Module):
     **Arguments:**
 
     - `group`: M, how many examples of a batch share their times, 4 by default; it divides the batch;
-    - `times`: the law of (t, r) of a group; t is kept below alpha = 0, where the weight has no limit. By default two
-      uniform draws up to 0.994 of a path from 0 to 1;
+    - `times`: the law of (t, r) of a group; t is kept below alpha = 0, where the weight has no limit. None: two uniform
+      draws from the first 0.994 of the path;
     - `gap`: s is where the angle arctan(sigma/alpha) is smaller by this part of its range, or r: 2^-12 by default;
     - `bias`, `power`: b and a of the weight
       $w = \tfrac12\, \mathrm{sigmoid}(b - \lambda)\, (-\lambda')\, \alpha^a/(\alpha^2 + \sigma^2)$, with lambda the
@@ -55,7 +57,7 @@ class InductiveMomentMatching(eqx.Module):
     """
 
     group: int = eqx.field(static=True, default=4)
-    times: AbstractTimePairs = eqx.field(default_factory=lambda: TimePairs(Uniform(t_max=0.994), equal=0.0))
+    times: AbstractTimePairs | None = None
     gap: Scalar = eqx.field(default=2.0**-12, converter=as_scalar)
     bias: Scalar = eqx.field(default=5.0, converter=as_scalar)
     power: Scalar = eqx.field(default=1.0, converter=as_scalar)
@@ -64,7 +66,10 @@ class InductiveMomentMatching(eqx.Module):
 
     def __check_init__(self):
         check_count(self.group, "InductiveMomentMatching got group", least=2)
-        check_type(self.times, AbstractTimePairs, "times", "a pair such as fs.times.TimePairs(fs.times.Uniform())")
+        if self.times is not None:
+            check_type(self.times, AbstractTimePairs, "times", "a pair such as fs.times.TimePairs(fs.times.Uniform())")
+        if is_concrete(self.power) and not float(self.power) >= 0:
+            raise ValueError(f"InductiveMomentMatching got power = {float(self.power):g}, but wants it >= 0.")
         check_positive(self, "gap", "eps")
         if self.dropout is not None:
             check_type(self.dropout, ConditionDropout, "dropout", "None or a fs.losses.ConditionDropout(0.1, null)")
@@ -94,7 +99,8 @@ class InductiveMomentMatching(eqx.Module):
             return eqx.filter_vmap(one)(x0, noise, args, keys)
 
         # Both with the same key: what a network drops is the same in both.
-        y, z = jump(flow, t), jump(frozen(flow), s)
+        y = jump(flow, t)
+        z = without_features(lambda: jump(frozen(flow), s))
         apart = jnp.where(t > r, t - r, 1)
 
         def kernel(a: State, b: State) -> Scalar:
@@ -117,12 +123,13 @@ class InductiveMomentMatching(eqx.Module):
         **Raises:** as `Regression`; `TypeError` for a flow that is no `FlowMap`.
         """
         check_type(flow, FlowMap, "flow", "a fs.flowmaps.FlowMap(network, path)")
-        check_state(x0, "x0")
-        sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(x0)}
-        if any(not size or size[0] % self.group for size in sizes):
+        check_source(flow, x0, Independent())
+        num = batch_size(x0)
+        check_batch_axis(args, num)
+        if num % self.group:
             raise ValueError(
-                f"InductiveMomentMatching got a batch of {sorted(sizes)} examples for groups of {self.group}: give a "
-                "batch whose size is a multiple of the group."
+                f"InductiveMomentMatching got a batch of {num} examples for groups of {self.group}: give a batch whose "
+                "size is a multiple of the group."
             )
 
         def grouped(leaf: Any) -> Any:
@@ -143,7 +150,7 @@ class InductiveMomentMatching(eqx.Module):
         return over_batch(
             one,
             flow.path,
-            self.times,
+            self._times(flow.path),
             Independent(),
             draw,
             jax.tree.map(grouped, x0),
@@ -153,6 +160,12 @@ class InductiveMomentMatching(eqx.Module):
             mask=None,
             dropout=None,
         )
+
+    def _times(self, path: AbstractPath) -> AbstractTimePairs:
+        if self.times is not None:
+            return self.times
+        low, high = as_scalar(path.t_data), as_scalar(path.t_noise)
+        return TimePairs(Uniform(t_max=low + 0.994 * (high - low)), equal=0.0)
 
     def _earlier(self, path: AbstractPath, t: Scalar) -> Scalar:
         """The time s whose angle is smaller by `gap` of the path's range."""

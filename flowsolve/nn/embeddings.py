@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from .._checks import check, check_key, is_concrete, known
+from .._checks import check, check_callable, check_key, is_concrete, known
 from .._numerics import as_scalar
 from .._types import PRNGKey, Scalar, TimeLike
 
@@ -129,6 +129,10 @@ class IntervalEmbedding(eqx.Module):
 
     time: Callable[[Scalar], Array] = SinusoidalEmbedding(64)
     interval: Callable[[Scalar], Array] = SinusoidalEmbedding(64)
+
+    def __check_init__(self):
+        for embedding in (self.time, self.interval):
+            check_callable(embedding, "IntervalEmbedding got an embedding", "such as SinusoidalEmbedding(64).")
 
     def __call__(self, t: TimeLike) -> Float[Array, " dim"]:
         """The embedding of (t, r)."""

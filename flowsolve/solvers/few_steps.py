@@ -5,7 +5,10 @@ From t to s < t, with u the average velocity of a flow map and f(t, x) a consist
 | solver | step |
 |---|---|
 | `Jump` | $x_s = x_t - (t - s)\, u(t, s, x_t)$ |
-| `ConsistencySampling` | $x_s = \alpha_s f(t, x_t) + \sigma_s z$, with new noise $z \sim N(0, I)$ |
+| `ConsistencySampling` | $x_s = \rho f(t, x_t) + \sqrt{\sigma_s^2 - \rho^2 \sigma_d^2}\; z$ |
+
+with new noise $z \sim N(0, I)$ and $\rho = \alpha_s/\alpha_d$, where $\alpha_d, \sigma_d$ are those of `t_data`, at which
+f ends: z is the noise that x_s has beyond it. Where $\sigma_d = 0$ and $\alpha_d = 1$ this is $\alpha_s f + \sigma_s z$.
 """
 
 from typing import Any, ClassVar
@@ -16,12 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._checks import check
-from .._numerics import as_scalar
+from .._numerics import as_scalar, linear_combination, safe_sqrt
 from .._types import Args, Scalar, ScalarLike, State
 from ..dynamics import AbstractDynamics, AddedNoise, unwrap
 from ..flow import AbstractFlow
 from ..flowmaps import FlowMap
-from ..predictions import Data
 from .base import (
     AbstractGridAwareSolver,
     AbstractMemorylessSolver,
@@ -29,8 +31,6 @@ from .base import (
     AbstractStochasticSolver,
 )
 from .interpolation import StepInterpolation
-from .multistep import AbstractMultistep, MultistepState
-from .nodes import Step
 
 __all__ = ["ConsistencySampling", "Jump"]
 
@@ -92,17 +92,18 @@ def _jump(flow: AbstractFlow, t: Scalar, s: Scalar, x: State, args: Args) -> Sta
     return flow.jump(t, s, x, args)
 
 
-class ConsistencySampling(AbstractMultistep, AbstractStochasticSolver[MultistepState]):
+class ConsistencySampling(AbstractMemorylessSolver, AbstractStochasticSolver[None]):
     """Multistep consistency sampling: predict the data, put new noise on them, and again.
 
     For a flow that predicts examples of the data, not their mean: a consistency model, `flowmaps.OntoData` of a flow
-    map, or the student of a distillation. One evaluation a step, any path and grid. A single step draws no noise where
-    the grid ends at sigma = 0. Dense output is linear. Source: Song et al. (2023), arXiv 2303.01469, algorithm 1.
+    map, or the student of a distillation. One evaluation a step, any path and grid. The step onto `t_data` is the
+    prediction itself: one step draws no noise. Dense output is linear.
+
+    Source: Song et al. (2023), arXiv 2303.01469, algorithm 1, where alpha = 1.
     """
 
-    extrapolated: ClassVar[Data] = Data()
-    max_order: ClassVar[int] = 1
-    corrector: ClassVar[None] = None
+    evaluations_per_step: ClassVar[int] = 1
+    interpolation_cls: ClassVar[type] = StepInterpolation
 
     @property
     def default_dynamics(self) -> AbstractDynamics:
@@ -116,10 +117,33 @@ class ConsistencySampling(AbstractMultistep, AbstractStochasticSolver[MultistepS
                 f"ConsistencySampling draws its own noise, but was given {type(dynamics).__name__}: leave dynamics out."
             )
 
-    def kept(self, step: Step) -> Scalar:
-        """None of the noise."""
-        return jnp.zeros_like(step.target)
+    def order(self, terms: diffrax.AbstractTerm) -> int:
+        """1, nominally: more steps are not nearer to anything but the law of the data."""
+        del terms
+        return 1
 
-    def predictor(self, step: Step) -> Float[Array, " history"]:
-        """No history, no weights."""
-        return jnp.zeros((0,), step.target.dtype)
+    def step(
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: ScalarLike,
+        t1: ScalarLike,
+        y0: State,
+        args: Args,
+        solver_state: None,
+        made_jump: Any,
+    ) -> tuple[State, None, dict[str, Any], None, diffrax.RESULTS]:
+        """One step of the module's equation."""
+        del solver_state, made_jump
+        field, noise, direction = unwrap(terms, "ConsistencySampling")
+        assert noise is not None
+        path = field.flow.path
+        start, target = -direction * as_scalar(t0), -direction * as_scalar(t1)
+        one, zero = jnp.ones_like(start), jnp.zeros_like(start)
+        data = field.mixture((one, zero, one), start, y0, args)
+        (alpha, sigma), (alpha_data, sigma_data) = path.coefficients(target), path.coefficients(as_scalar(path.t_data))
+        rho = alpha / alpha_data
+        # At t_data itself, and on the clean end below, nothing is added.
+        above = jnp.where(target <= as_scalar(path.t_data), 0, sigma - rho * sigma_data)
+        fresh = safe_sqrt(above * (sigma + rho * sigma_data))
+        y1 = linear_combination((rho, fresh), (data, noise.normal(t0, t1)))
+        return y1, None, {"y0": y0, "y1": y1, "formula": None}, None, diffrax.RESULTS.successful
