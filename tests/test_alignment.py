@@ -360,7 +360,9 @@ def test_what_is_not_taken(flow, dit, untyped):
 
     with pytest.raises(TypeError, match=r"args of REPA is a ndarray, but wants fs\.alignment\.Featured"):
         abstract(loss, flow, LABELS)
-    with pytest.raises(ValueError, match=r"handed nothing out.*fs\.nn\.Features\("):
+    with pytest.raises(
+        ValueError, match=r"Nothing that a network handed out came through Regression.*fs\.nn\.Features\("
+    ):
         abstract(loss, flow_of(dit), args)
     for wrong in (FEATURES[..., 1:], FEATURES[:, 1:], FEATURES[:, 0]):
         with pytest.raises(ValueError, match=r"tokens of float32\[4, 6\] and features of.*a feature for each token"):

@@ -635,3 +635,28 @@ def test_bad_calls(untyped):
     for other in (losses.Consistency(TIGHTENING, teacher), losses.ContinuousConsistency(teacher=teacher)):
         with pytest.raises(ValueError, match=r"The teacher is on Trigonometric.*, but the flow on Linear.*OnPath"):
             other(flow, x0[None], key=KEY)
+
+
+def test_boundary_is_looked_for_behind_guidance():
+    """A wrapper does not hide a flow of which f(t_data, x) is not x."""
+    flow = preconditioned(EDM, None, fs.EDMPreconditioner)
+    guided = fs.guidance.ClassifierFree(flow, 2.0, jnp.asarray(0.0))
+    with pytest.raises(ValueError, match="A consistency function is"):
+        losses.consistency.check_boundary(guided)
+
+
+def test_features_of_trained_evaluations_alone():
+    """What the network hands out arrives once, from the evaluation at t: through a derivative, not of the target."""
+
+    class Both(eqx.Module):
+        net: Net
+
+        def __call__(self, t, x, args=None, *, key=None):
+            return self.net(t, x, args), t
+
+    flow = fs.Flow(fs.nn.Features(Both(Net())), LINEAR, predictions.Velocity())
+    x0 = jax.random.normal(KEY, (5, 3))
+    for loss in (losses.ContinuousConsistency(), losses.Consistency(TIGHTENING)):
+        _, aux = eqx.filter_jit(lambda loss, flow: loss(flow, x0, key=KEY))(loss, flow)
+        assert len(aux.features) == 1
+        np.testing.assert_array_equal(aux.features[0], aux.t)

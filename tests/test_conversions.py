@@ -149,7 +149,12 @@ def test_times_from_a_distribution():
         (
             lambda x: conversions.times_from_list(paths.Linear(), (1.5, 0.0), num=2, key=KEY),
             ValueError,
-            "Given has times outside Linear",
+            "times_from_list got times outside Linear",
+        ),
+        (
+            lambda x: conversions.times_from_list(paths.Linear(), (0.5, -3.0), num=2, key=KEY),
+            ValueError,
+            "times_from_list got times outside Linear",
         ),
         (
             lambda x: conversions.times_from(paths.Linear(), (1.0, 0.0), num=2, key=KEY),

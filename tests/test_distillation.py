@@ -185,12 +185,30 @@ def test_gradients_reach_their_own_part_only():
     x0 = jax.random.normal(KEY, (8, 2))
     between = value_and_gradient(Distillation(student([0.0, 0.0], [1.0, 1.0]), judged_fake()), loss, x0)[1]
     own = value_and_gradient(Distillation(student([0.0, 0.0], [1.0, 1.0]), judged_fake(), 1.0), loss, x0)[1]
-    for leaf in jax.tree.leaves((between.student, between.count, own.count)):
+    for leaf in jax.tree.leaves(between.student):
         assert np.all(np.asarray(leaf) == 0)
+    # By this an optimiser that is not the loss's own is found out.
+    assert 0 < between.count < 1e-9 and 0 < own.count < 1e-9
     assert np.all(np.asarray(own.student.network.mean[0]) != 0)
     # The student's loss goes through the fake and the head, and leaves nothing there.
     for one, other in zip(jax.tree.leaves(between.fake), jax.tree.leaves(own.fake), strict=True):
         assert np.all(np.asarray(one) != 0) and np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("other", [optax.sgd(1e-3), optax.adam(1e-3)])
+def test_another_optimiser_is_found_out(other):
+    """One that does not count would leave the student untrained for ever."""
+    both = Distillation(
+        student([0.0, 0.0], [1.0, 1.0]), gaussian([0.0, 0.0], [1.0, 1.0]).flow(PATH, predictions.Data())
+    )
+    batches = [jnp.zeros((4, 2))] * 4
+    with pytest.raises(ValueError, match="Another optimiser than"):
+        list(fs.training.fit(DMD2(TEACHER), both, batches, other, steps=4, key=KEY, progress=False))
+
+
+def test_times_end_clean():
+    with pytest.raises(ValueError, match="wants the clean end"):
+        DMD2(TEACHER, ts=(1.0, 0.5))
 
 
 def test_alternation_under_fit():

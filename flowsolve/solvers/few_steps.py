@@ -7,8 +7,8 @@ From t to s < t, with u the average velocity of a flow map and f(t, x) a consist
 | `Jump` | $x_s = x_t - (t - s)\, u(t, s, x_t)$ |
 | `ConsistencySampling` | $x_s = \rho f(t, x_t) + \sqrt{\sigma_s^2 - \rho^2 \sigma_d^2}\; z$ |
 
-with new noise $z \sim N(0, I)$ and $\rho = \alpha_s/\alpha_d$, where $\alpha_d, \sigma_d$ are those of `t_data`, at which
-f ends: z is the noise that x_s has beyond it. Where $\sigma_d = 0$ and $\alpha_d = 1$ this is $\alpha_s f + \sigma_s z$.
+with new $z \sim N(0, I)$ and $\rho = \alpha_s/\alpha_d$. $\alpha_d, \sigma_d$ are those of `t_data`, at which f ends,
+and z is the noise that x_s has beyond it. Where $\sigma_d = 0$, $\alpha_d = 1$ this is $\alpha_s f + \sigma_s z$.
 """
 
 from typing import Any, ClassVar
