@@ -235,7 +235,9 @@ class MeanFlow(AbstractFlowMapLoss):
       place of that of the pair: less noise, for one evaluation more;
     - `coupling`, `dropout`: as in `Regression`.
 
-    One step costs a forward and a backward pass and one forward derivative.
+    One step costs a forward and a backward pass and one forward derivative. A power above 0 favours pairs of small
+    errors, so that the optimum is not the mean: over few elements a second jump then does not improve on the first, see
+    `docs/benchmarks/few_steps.md`.
 
     Source: Geng et al. (2025), arXiv 2505.13447; Geng et al. (2025b), arXiv 2512.02012, for the predicted tangent.
     Deviation: the mean over elements, where the paper writes the sum: with d elements and power 1 the loss is about
