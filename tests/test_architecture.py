@@ -8,6 +8,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -195,6 +197,12 @@ def test_no_import_cycles():
 
 
 @pytest.mark.quick
+def test_importing_uses_no_device():
+    """An array made at import starts JAX: too early for a user's flags, and a process that forks then hangs."""
+    code = "import flowsolve, jax._src.xla_bridge as bridge, sys; sys.exit(int(bridge.backends_are_initialized()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_forbidden_syntax():
     wrong = []
     for module, tree in TREES.items():

@@ -108,7 +108,7 @@ class Consistency(eqx.Module):
     teacher: AbstractFlow | None = None
     solver: diffrax.AbstractSolver = diffrax.Heun()
     weight: Callable[[AbstractPath, Scalar, Scalar], Scalar] | None = inverse_gap
-    elementwise: Callable[[Array], Array] | PseudoHuberNorm = PseudoHuberNorm()
+    elementwise: Callable[[Array], Array] | PseudoHuberNorm = eqx.field(default_factory=lambda: PseudoHuberNorm())
     coupling: AbstractCoupling = Independent()
     dropout: ConditionDropout | None = None
 
