@@ -6,8 +6,9 @@ computed.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 from jaxtyping import PyTree
 
 from ._checks import Collector
@@ -33,3 +34,15 @@ def with_features(function: Callable[[], _T]) -> tuple[_T, tuple[PyTree, ...]]:
 def without_features(function: Callable[[], _T]) -> _T:
     """function(), of which nothing is handed out further: an evaluation that is not trained."""
     return with_features(function)[0]
+
+
+def jvp(function: Callable[..., _T], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[_T, _T]:
+    """`jax.jvp`, which hands on what is handed out in it: a derivative is a level of tracing of its own."""
+
+    def with_theirs(*primals: Any) -> tuple[_T, tuple[PyTree, ...]]:
+        return with_features(lambda: function(*primals))
+
+    value, tangent, features = jax.jvp(with_theirs, primals, tangents, has_aux=True)
+    for feature in features:
+        hand_out(lambda feature=feature: feature)
+    return value, tangent

@@ -41,7 +41,7 @@ from ._features import with_features
 from ._numerics import as_scalar, frozen, linear_combination, normal_like, optional_scalar
 from ._types import Args, PRNGKey, Scalar, ScalarLike, State
 from .couplings import Independent, Pairs
-from .flow import AbstractFlow, check_flow, check_has_score
+from .flow import AbstractFlow, check_flow, check_has_score, differ_in_path
 from .losses.batch import Aux, mean_of, over_batch
 from .losses.elementwise import absolute, squared
 from .losses.regression import Regression
@@ -540,8 +540,7 @@ def _softplus(sign: int, logits: PyTree) -> Scalar:
 
 
 def _check_same_path(first: AbstractFlow, second: AbstractFlow, who: str) -> None:
-    same = eqx.tree_equal(first.path, second.path)
-    if is_concrete(same) and not bool(same):
+    if differ_in_path(first, second):
         raise ValueError(
             f"{who} are on different paths, {type(first.path).__name__} and {type(second.path).__name__}: move one of "
             "them with fs.OnPath(flow, path)."

@@ -246,6 +246,12 @@ def check_flow(flow: object, what: str) -> None:
     check_type(flow, AbstractFlow, what, "an AbstractFlow such as fs.Flow(network, path, prediction)")
 
 
+def differ_in_path(first: AbstractVelocityFlow, second: AbstractVelocityFlow) -> bool:
+    """Whether two flows are known to be on different paths; what is traced is not."""
+    same = eqx.tree_equal(first.path, second.path)
+    return is_concrete(same) and not bool(same)
+
+
 def check_has_score(flow: AbstractVelocityFlow, what: str) -> None:
     """Raise unless the flow offers a score."""
     if isinstance(flow, AbstractFlow) and not flow.has_score:

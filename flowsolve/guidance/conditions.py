@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
-from .._checks import check_type, describe, is_concrete
+from .._checks import check_type, describe
 from .._numerics import as_scalar
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
-from ..flow import AbstractFlow, AbstractFlowWrapper, check_flow
+from ..flow import AbstractFlow, AbstractFlowWrapper, check_flow, differ_in_path
 from .rules import AbstractRule, plain
 from .schedules import Schedule, as_scale, is_known, scale_at
 
@@ -140,8 +140,7 @@ class Autoguidance(AbstractFlowWrapper):
         self.rule = rule
 
     def __check_init__(self):
-        same = eqx.tree_equal(self.flow.path, self.weak.path)
-        if is_concrete(same) and not bool(same):
+        if differ_in_path(self.flow, self.weak):
             raise ValueError(
                 f"Autoguidance got flows on {self.flow.path} and {self.weak.path}, but wants one path: move the weak "
                 "one, fs.OnPath(weak, flow.path)."

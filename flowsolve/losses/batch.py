@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Real
 
-from .._checks import check, check_key, check_state, describe, known
+from .._checks import check, check_key, check_state, check_type, describe, known
 from .._features import with_features
 from .._numerics import as_scalar
 from .._types import Args, Like, PRNGKey, Scalar, ScalarLike, State
@@ -66,22 +66,39 @@ class ConditionDropout(eqx.Module):
             "ConditionDropout got probability = {}, but wants one from 0 to 1.",
             probability,
         )
-        if not jax.tree.leaves(null):
-            raise ValueError(
-                "ConditionDropout got a null condition without arrays, but wants the args of one example that stand "
-                "for no condition, e.g. jnp.asarray(num_classes)."
-            )
-        self.null = jax.tree.map(jnp.asarray, null)
+        self.null = as_null(null, "ConditionDropout")
 
     def __call__(self, key: PRNGKey, args: Args) -> Args:
         """The condition of one example, or the null."""
-        if describe(jax.tree.map(jnp.asarray, args)) != describe(self.null):
-            raise ValueError(
-                f"The args of one example are {describe(args)}, but the null of ConditionDropout is "
-                f"{describe(self.null)}: give both the same structure, shapes and dtypes."
-            )
+        check_like_null(args, self.null, "ConditionDropout")
         drop = jax.random.bernoulli(key, self.probability)
         return jax.tree.map(lambda null, own: jnp.where(drop, null, own), self.null, args)
+
+
+def as_null(null: Args, owner: str) -> Args:
+    """A null condition as arrays; raise if it has none."""
+    if not jax.tree.leaves(null):
+        raise ValueError(
+            f"{owner} got a null condition without arrays, but wants the args of one example that stand for no "
+            "condition, e.g. jnp.asarray(num_classes)."
+        )
+    return jax.tree.map(jnp.asarray, null)
+
+
+def check_like_null(args: Args, null: Args, owner: str) -> None:
+    """Raise unless the args of one example are like the null condition of `owner`."""
+    if describe(jax.tree.map(jnp.asarray, args)) != describe(null):
+        raise ValueError(
+            f"The args of one example are {describe(args)}, but the null of {owner} is {describe(null)}: give both the "
+            "same structure, shapes and dtypes."
+        )
+
+
+def check_pairing(coupling: AbstractCoupling, dropout: ConditionDropout | None) -> None:
+    """Raise unless a loss's coupling and dropout are of their kinds."""
+    check_type(coupling, AbstractCoupling, "coupling", "an instance such as fs.couplings.Assignment()")
+    if dropout is not None:
+        check_type(dropout, ConditionDropout, "dropout", "None or a fs.losses.ConditionDropout(0.1, null)")
 
 
 def over_batch(

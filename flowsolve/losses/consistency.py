@@ -34,18 +34,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Real
 
 from .._checks import check, check_callable, check_positive, check_type, checked, is_concrete, known
-from .._features import hand_out, with_features, without_features
+from .._features import jvp, without_features
 from .._numerics import as_scalar, linear_combination, optional_scalar
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
 from ..couplings import AbstractCoupling, Independent
-from ..flow import AbstractFlow, AbstractFlowWrapper, Flow
+from ..flow import AbstractFlow, AbstractFlowWrapper, Flow, differ_in_path
 from ..grids import Uniform
 from ..paths import AbstractPath
 from ..preconditioning import AbstractPreconditioner, AbstractSkipPreconditioner
 from ..predictions import AbstractPrediction, Data, conversion_weights, convert, error_scale, quotients
 from ..sampling import solve
 from ..times import AbstractTimePairs, AbstractTimes, LogNormal
-from .batch import Aux, ConditionDropout, mean_of, over_batch
+from .batch import Aux, ConditionDropout, check_pairing, mean_of, over_batch
 from .elementwise import PseudoHuberNorm, squared
 from .regression import check_source
 
@@ -304,9 +304,9 @@ class ContinuousConsistency(eqx.Module):
         scale = jnp.where(jnp.isinf(scale), 0, scale)
         x_t = path.interpolate(t, x0, noise)
 
-        def function(t: Scalar, x: State) -> tuple[tuple[State, State], tuple[PyTree, ...]]:
-            output, features = with_features(lambda: flow.output(t, x, args, key=key))
-            return (output, convert(path, t, x, output, flow.prediction, Data())), features
+        def function(t: Scalar, x: State) -> tuple[State, State]:
+            output = flow.output(t, x, args, key=key)
+            return output, convert(path, t, x, output, flow.prediction, Data())
 
         if self.teacher is None:
             velocity = linear_combination((d_alpha, d_sigma), (x0, noise))
@@ -315,9 +315,7 @@ class ContinuousConsistency(eqx.Module):
         # The tangents have the factor cos(theta) dt/dtheta: as large as n, where dt/dtheta alone may be infinite.
         pace = alpha * norm / (alpha * d_sigma - sigma * d_alpha)
         direction = linear_combination((pace,), (velocity,))
-        (output, _), (_, whole), features = jax.jvp(function, (t, x_t), (pace, direction), has_aux=True)
-        for feature in features:
-            hand_out(lambda feature=feature: feature)
+        (output, _), (_, whole) = jvp(function, (t, x_t), (pace, direction))
         if self.teacher is None:
             error = linear_combination((c, -a, -b), (output, x0, noise))
         else:
@@ -376,16 +374,12 @@ def _masked(tree: State, mask: PyTree[Bool[Array, "..."]] | None) -> State:
 def _check_common(teacher: AbstractFlow | None, coupling: AbstractCoupling, dropout: ConditionDropout | None) -> None:
     if teacher is not None:
         check_type(teacher, AbstractFlow, "teacher", "None or a flow such as fs.Flow(network, path, prediction)")
-    check_type(coupling, AbstractCoupling, "coupling", "an instance such as fs.couplings.Independent()")
-    if dropout is not None:
-        check_type(dropout, ConditionDropout, "dropout", "None or a fs.losses.ConditionDropout(0.1, null)")
+    check_pairing(coupling, dropout)
 
 
 def _check_path(teacher: AbstractFlow | None, flow: AbstractFlow) -> None:
     """Raise unless student and teacher are on one path, where that is known."""
-    if teacher is None or not is_concrete((teacher.path, flow.path)):
-        return
-    if not eqx.tree_equal(teacher.path, flow.path):
+    if teacher is not None and differ_in_path(teacher, flow):
         raise ValueError(
             f"The teacher is on {teacher.path}, but the flow on {flow.path}: put the student on the teacher's path, or "
             "move the teacher with fs.OnPath(teacher, path) and take the path of that."

@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Real
 
-from .._checks import check_positive, check_type, describe, is_concrete
-from .._features import hand_out, with_features, without_features
+from .._checks import check_positive, check_type, is_concrete
+from .._features import jvp, without_features
 from .._numerics import as_scalar, frozen, is_zero, linear_combination, optional_scalar
 from .._types import Args, PRNGKey, Scalar, ScalarLike, State
 from ..couplings import AbstractCoupling, Independent
 from ..flowmaps import FlowMap
 from ..times import AbstractTimePairs, DyadicPairs, LogitNormal, TimePairs
-from .batch import Aux, ConditionDropout, mean_of, over_batch
+from .batch import Aux, ConditionDropout, as_null, check_like_null, check_pairing, mean_of, over_batch
 from .elementwise import squared
 from .regression import check_source
 
@@ -174,12 +174,7 @@ class MeanFlowGuidance(eqx.Module):
         low: ScalarLike | None = None,
         high: ScalarLike | None = None,
     ):
-        if not jax.tree.leaves(null):
-            raise ValueError(
-                "MeanFlowGuidance got a null condition without arrays, but wants the args of one example that stand "
-                "for no condition, e.g. jnp.asarray(num_classes)."
-            )
-        self.null = jax.tree.map(jnp.asarray, null)
+        self.null = as_null(null, "MeanFlowGuidance")
         self.omega = as_scalar(omega)
         # The number 0 stays a number: then the conditional evaluation has no say.
         self.kappa = 0 if is_zero(kappa) else as_scalar(kappa)
@@ -199,11 +194,7 @@ class MeanFlowGuidance(eqx.Module):
         self, flow: FlowMap, velocity: State, t: Scalar, x: State, args: Args, *, key: PRNGKey | None
     ) -> State:
         """v-hat from the velocity of a pair, one example."""
-        if describe(jax.tree.map(jnp.asarray, args)) != describe(self.null):
-            raise ValueError(
-                f"The args of one example are {describe(args)}, but the null of MeanFlowGuidance is "
-                f"{describe(self.null)}: give both the same structure, shapes and dtypes."
-            )
+        check_like_null(args, self.null, "MeanFlowGuidance")
         weights: tuple[ScalarLike, ...] = (self.omega, 1 - self.omega - self.kappa)
         parts = (velocity, flow.velocity(t, x, self.null, key=key))
         if not isinstance(self.kappa, int):
@@ -286,12 +277,10 @@ class MeanFlow(AbstractFlowMapLoss):
         if self.predicted_tangent:
             along = without_features(lambda: own.velocity(t, x, args, key=key))
 
-        def average(t: Scalar, x: State) -> tuple[State, tuple[PyTree, ...]]:
-            return with_features(lambda: flow.average_velocity(t, r, x, args, key=key))
+        def average(t: Scalar, x: State) -> State:
+            return flow.average_velocity(t, r, x, args, key=key)
 
-        u, du, features = jax.jvp(average, (t, x), (jnp.ones_like(t), along), has_aux=True)
-        for feature in features:
-            hand_out(lambda feature=feature: feature)
+        u, du = jvp(average, (t, x), (jnp.ones_like(t), along))
         # Not u - tangent: in this order it rounds as `Regression` does.
         error = linear_combination((1, -a, -b), (u, x0, noise))
         if self.guidance is not None:
@@ -379,6 +368,4 @@ class Shortcut(AbstractFlowMapLoss):
 
 def _check_fields(loss: AbstractFlowMapLoss) -> None:
     check_type(loss.times, AbstractTimePairs, "times", "a pair such as fs.times.TimePairs(fs.times.Uniform())")
-    check_type(loss.coupling, AbstractCoupling, "coupling", "an instance such as fs.couplings.Assignment()")
-    if loss.dropout is not None:
-        check_type(loss.dropout, ConditionDropout, "dropout", "None or a fs.losses.ConditionDropout(0.1, null)")
+    check_pairing(loss.coupling, loss.dropout)

@@ -33,7 +33,7 @@ from ..flow import AbstractFlow
 from ..predictions import AbstractPrediction, error_scale
 from ..times import AbstractTimes, Uniform
 from ..weights import AbstractWeight
-from .batch import Aux, ConditionDropout, mean_of, over_batch, where_finite
+from .batch import Aux, ConditionDropout, check_pairing, mean_of, over_batch, where_finite
 from .elementwise import squared
 
 __all__ = ["BridgeRegression", "NormalNoise", "Regression"]
@@ -254,10 +254,8 @@ class BridgeRegression(eqx.Module):
     dropout: ConditionDropout | None = None
 
     def __check_init__(self):
-        check_type(self.coupling, AbstractCoupling, "coupling", "an instance such as fs.couplings.Assignment()")
         check_type(self.times, AbstractTimes, "times", "an instance such as fs.times.Uniform()")
-        if self.dropout is not None:
-            check_type(self.dropout, ConditionDropout, "dropout", "None or a fs.losses.ConditionDropout(0.1, null)")
+        check_pairing(self.coupling, self.dropout)
         if is_concrete(self.score_weight) and not float(self.score_weight) >= 0:
             raise ValueError(f"BridgeRegression got score_weight = {float(self.score_weight):g}, but wants it >= 0.")
 
