@@ -485,12 +485,12 @@ class Discrete(AbstractPath):
 
     def __init__(
         self,
-        betas: Sequence[float] | np.ndarray,
+        betas: Sequence[float] | np.ndarray | Array,
         *,
         t_data: ScalarLike | None = None,
         t_noise: ScalarLike = 1.0,
     ):
-        self.betas = tuple(float(beta) for beta in betas)
+        self.betas = tuple(float(beta) for beta in np.asarray(betas))
         if len(self.betas) < 2 or not all(0 < beta < 1 for beta in self.betas):
             raise ValueError("Discrete got betas outside (0, 1) or fewer than two: give T >= 2 numbers in (0, 1).")
         self.t_data = 1 / len(self.betas) if t_data is None else t_data

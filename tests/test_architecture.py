@@ -70,8 +70,8 @@ LAYERS: dict[str, float] = {
     "tuning": 5,
 }
 # Side room -> the highest layer it may import. No other room imports a side room. `latent` bounds a likelihood and adds
-# its terms to a loss of latents, which are rooms of layer 4.
-SIDE_ROOMS: dict[str, float] = {"nn": 0, "latent": 4, "testing": 2}
+# its terms to a loss of latents, which are rooms of layer 4; `plots` draws what is solved.
+SIDE_ROOMS: dict[str, float] = {"nn": 0, "latent": 4, "plots": 4, "testing": 2}
 
 
 # --- the source, read by ast ---------------------------------------------------------------------

@@ -6,7 +6,7 @@ from .base import AbstractFlowSolver
 from .ddim import DDIM
 from .dpm_solver import DPMSolverPP, SDEDPMSolverPP
 from .few_steps import ConsistencySampling, Jump
-from .multistep import AbstractMultistep
+from .multistep import AbstractMultistep, AbstractODEMultistep, AbstractSDEMultistep
 from .nodes import AbstractVariable, LogSNR, NoiseRatio, Time, VPTime
 from .repaint import RePaint
 from .singlestep import SEEDS2, DPMSolverPPSinglestep, EDMHeun
@@ -24,6 +24,8 @@ __all__ = [
     "SEEDS2",
     "AbstractFlowSolver",
     "AbstractMultistep",
+    "AbstractODEMultistep",
+    "AbstractSDEMultistep",
     "AbstractVariable",
     "AbstractVariance",
     "AdamsBashforth",

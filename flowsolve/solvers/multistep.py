@@ -40,7 +40,7 @@ from .base import AbstractFlowSolver, AbstractProbabilityFlowSolver, AbstractSto
 from .interpolation import StepInterpolation, carry, step_formula, with_differences
 from .nodes import Levels, Step, levels, mixture_of, step_to
 
-__all__ = ["AbstractMultistep"]
+__all__ = ["AbstractMultistep", "AbstractODEMultistep", "AbstractSDEMultistep"]
 
 
 class History(eqx.Module):
@@ -217,7 +217,7 @@ class AbstractMultistep(AbstractFlowSolver[MultistepState]):
 
 
 class AbstractODEMultistep(AbstractMultistep, AbstractProbabilityFlowSolver[MultistepState]):
-    """A multistep solver of the probability flow."""
+    """A multistep solver of the probability flow: what it extrapolates, and its weights, are left to say."""
 
     def kept(self, step: Step) -> Scalar:
         """All of the noise: the probability flow draws none."""
