@@ -54,3 +54,7 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--screenshots", metavar="FOLDER", help="where tests/test_site.py leaves the browser's pictures")

@@ -354,6 +354,16 @@ def test_no_churn_is_the_solver_itself():
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["Discrete", "EDM", "Linear"])
+def test_churn_raises_no_noise_beyond_the_path(name):
+    """At t_noise there is nothing to raise to: the first step is the inner solver's, on a table of levels as well."""
+    path = {"Discrete": fs.paths.Discrete.linear(), "EDM": fs.paths.EDM(), "Linear": fs.paths.Linear()}[name]
+    flow, x = gaussian(path), float(path.sigma(path.t_noise)) * jnp.array([0.3, -2.0])
+    settings = {"grid": fs.grids.Uniform(1), "t_end": 0.5 * path.t_noise}
+    churned = fs.solve(flow, x, solver=fs.solvers.Churn(fs.solvers.DDIM(), 0.3), key=jax.random.key(0), **settings).ys
+    np.testing.assert_allclose(churned, fs.solve(flow, x, solver=fs.solvers.DDIM(), **settings).ys, rtol=1e-5)
+
+
 # --- the share of the noise that an equation keeps ------------------------------------------------------------------
 
 KEPT = {

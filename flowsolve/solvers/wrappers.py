@@ -210,7 +210,11 @@ class Churn(AbstractNoiseRaiser):
         t = -as_scalar(t0)
         alpha, sigma = path.coefficients(t)
         inside = (sigma >= self.s_min * alpha) & (sigma <= self.s_max * jnp.where(alpha == 0, jnp.inf, alpha))
-        raised = path.time_at(alpha, sigma * (1 + self.gamma))
+        # Not past the end of the path, beyond which some have no time.
+        end_alpha, end_sigma = path.coefficients(as_scalar(path.t_noise))
+        more = sigma * (1 + self.gamma)
+        beyond = more * end_alpha >= end_sigma * alpha
+        raised = path.time_at(jnp.where(beyond, end_alpha, alpha), jnp.where(beyond, end_sigma, more))
         u = jnp.where(inside & (self.gamma > 0), jnp.clip(raised, t, as_scalar(path.t_noise)), t)
         normal = linear_combination((self.s_noise,), (noise.normal(t0, t1),))
         x = raise_noise(path, t, u, y0, normal)
