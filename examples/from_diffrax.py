@@ -1,4 +1,4 @@
-"""Someone who knows Diffrax: samples from a network of one's own.
+"""From Diffrax: samples from a network of one's own.
 
     python examples/from_diffrax.py
 

@@ -1,4 +1,4 @@
-"""Someone who knows diffusers: samples from a noise-predicting network of one's own.
+"""From diffusers: samples from a noise-predicting network of one's own.
 
     python examples/from_diffusers.py
 

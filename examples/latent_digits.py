@@ -8,11 +8,11 @@ variational autoencoder takes the 64 pixels to 16 numbers. Its own prior N(0, I)
 label, fits them well, whether it is trained after the autoencoder (apart) or with it (jointly). Expect about:
 
     images                           Frechet  accuracy  RMS error      bits per pixel
-    apart: held-out, reconstructed      0.75     0.972       1.22
-    decoded from N(0, I)               43.64
-    apart: samples of the flow          2.67     0.995                 2.969 +- 0.051
-    jointly: held-out, reconstructed    1.26     0.983       1.35
-    jointly: samples of the flow        3.60     0.995                 3.101 +- 0.044
+    apart: held-out, reconstructed      0.73     0.975       1.22
+    decoded from N(0, I)               43.56
+    apart: samples of the flow          2.57     0.994                 2.975 +- 0.053
+    jointly: held-out, reconstructed    1.23     0.983       1.35
+    jointly: samples of the flow        3.61     0.995                 3.099 +- 0.044
     real, training                      1.56     1.000
 
 (On the pixels themselves the flow of `digits.py` has 2.2 to 2.6, and 2.507 bits.)

@@ -1,6 +1,6 @@
 """Posteriors: what do data say about the parameters of a simulator, and does the answer know its own errors?
 
-    python examples/posterior.py            # 12 minutes on 2 CPU cores that had other work
+    python examples/posterior.py            # about 6 minutes on 2 CPU cores
     python examples/posterior.py --smoke    # everything tiny: a check that it runs
 
 Needs `pip install "flowsolve[examples]"`. Three simulators of Lueckmann et al. (2021), arXiv 2101.04653: a linear

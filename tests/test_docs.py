@@ -10,6 +10,7 @@ pages of the examples are what `docs/generate/examples.py` writes.
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -20,6 +21,8 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
+
+import flowsolve as fs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -74,7 +77,8 @@ def rows(page: Path) -> list[Row]:
     found, inside = [], False
     for number, line in enumerate(page.read_text().splitlines(), start=1):
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if cells[:2] == ["theirs", "here"]:
+        if cells[:1] == ["theirs"]:
+            assert cells == ["theirs", "here", "what differs"], f"{name(page)}:{number}: the head of a table"
             inside = True
         elif not cells:
             inside = False
@@ -128,6 +132,25 @@ def test_page_runs(page):
         except Exception as error:  # all of them, not the first alone
             failed.append(f"{name(page)}:{row.line}: {row.here}\n    {type(error).__name__}: {error}")
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("page", sorted(COMING_FROM.glob("[!i]*.md")), ids=name)
+def test_pages_coming_from_have_rows(page):
+    assert len(rows(page)) >= 20
+
+
+@pytest.mark.quick
+def test_docstrings_name_what_exists():
+    """Code in docstrings is not run, but what it calls is there."""
+    missing = []
+    for module in sorted((ROOT / "flowsolve").rglob("*.py")):
+        for dotted in set(re.findall(r"\bfs((?:\.\w+)+)", module.read_text())):
+            try:
+                functools.reduce(getattr, dotted.split(".")[1:], fs)
+            except AttributeError:
+                missing.append(f"{name(module)}: fs{dotted}")
+    assert not missing
 
 
 # --- what pages say -----------------------------------------------------------------------------------

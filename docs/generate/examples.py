@@ -41,9 +41,10 @@ def run(name: str) -> None:
     finished = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    # Of the machine only what the reader has as well.
-    printed = finished.stdout.replace(f"{ROOT}/", "").rstrip()
-    (PAGES / OUTPUT.format(name)).write_text(f"{printed}\n\n[{seconds:.0f} s of processor time]\n")
+    # Of the machine only what the reader has as well; in the place of its clock the time of its processor.
+    lines = finished.stdout.replace(f"{ROOT}/", "").splitlines()
+    printed = "\n".join(line.rstrip() for line in lines if not line.startswith("total "))
+    (PAGES / OUTPUT.format(name)).write_text(f"{printed.strip()}\n\n[{seconds:.0f} s of processor time]\n")
     for picture in sorted(out.glob("*.png")):
         shutil.copy(picture, PAGES / PICTURE.format(name))
 
@@ -70,7 +71,7 @@ def page(name: str) -> str:
     parts = [f"# {title}", text]
     if (PAGES / PICTURE.format(name)).exists():
         parts.append(f"![What examples/{name}.py draws]({PICTURE.format(name)})")
-    heading = "It prints, on 2 CPU cores that did other work too, so that seconds of the clock are too many:"
+    heading = "It prints, on 2 CPU cores that did other work too (so times of the clock in it are too long):"
     parts.append(f'{heading}\n\n```text\n--8<-- "docs/examples/{OUTPUT.format(name)}"\n```')
     parts.append(f'## examples/{name}.py\n\n```python\n--8<-- "examples/{name}.py"\n```')
     return "\n\n".join(parts) + "\n"
@@ -88,10 +89,10 @@ def overview(row: Callable[[str, str, str], str]) -> str:
     lines = [
         "# Examples",
         "",
-        "Each is one script that prints the numbers to expect and writes its picture to `outputs/`; `--smoke` makes",
-        "everything tiny. Data come with scikit-learn or are drawn: nothing is downloaded. Times are of the processor,",
-        "all cores together, compilation included; on 2 cores a run takes between a half and all of it. What each",
-        "printed and drew stands on its page, made by `python docs/generate/examples.py --all`.",
+        "Each is one script that prints its numbers, with those to expect in its docstring; most write a picture to",
+        "`outputs/`. `--smoke` makes everything tiny. Data come with scikit-learn or are drawn: nothing is downloaded.",
+        "Times are of the processor, all cores together, compilation included. What each printed and drew stands on",
+        "its page, made by `python docs/generate/examples.py --all`.",
         "",
         "```bash",
         'pip install -e ".[examples,train]"',

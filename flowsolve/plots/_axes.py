@@ -24,6 +24,7 @@ def import_matplotlib(who: str) -> Any:
     """`matplotlib` with what is used of it; raise one sentence if it is not installed."""
     try:
         import matplotlib.collections
+        import matplotlib.colors
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError as error:

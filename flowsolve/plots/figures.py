@@ -44,6 +44,8 @@ def samples(
     matplotlib.
     """
     import_matplotlib("samples")
+    if not np.issubdtype(np.asarray(x).dtype, np.number) or np.iscomplexobj(x):
+        raise TypeError(f"samples got x of dtype {np.asarray(x).dtype}, but wants real numbers.")
     images = np.asarray(x).astype(float)
     images = images[:, None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.size == 0:
@@ -51,8 +53,8 @@ def samples(
             f"samples got x of shape {np.shape(x)}, but wants images: (num, height, width), or (num, channels, height, "
             "width) with 1 or 3 channels."
         )
-    if not low < high:
-        raise ValueError(f"samples got low = {low:g} and high = {high:g}, but wants low < high.")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"samples got low = {low:g} and high = {high:g}, but wants finite low < high.")
     num, channels, height, width = images.shape
     gap = check_count(gap, "samples got gap", least=0)
     rows, columns = _cells(num, rows, columns)
@@ -120,17 +122,23 @@ def work_precision(
             raise ValueError(f"work_precision got no nfe for {name!r}: give them by the names of the errors.")
         count = np.asarray(nfe[name] if isinstance(nfe, Mapping) else nfe, float)
         error = np.asarray(error, float)
-        if count.ndim != 1 or count.shape != error.shape:
+        if count.ndim != 1 or count.size == 0 or count.shape != error.shape:
             raise ValueError(
                 f"work_precision got nfe of shape {count.shape} and errors of shape {error.shape} for {name!r}, but "
-                "wants two vectors of one length."
+                "wants two vectors of one length, of at least one point."
             )
-        if np.any(~(count > 0)) or np.any(error <= 0):
+        if not np.all((count > 0) & np.isfinite(count)) or np.any(error <= 0):
             raise ValueError(
-                f"work_precision got an nfe or an error of {name!r} that is not positive, but its axes are "
-                "logarithmic: leave it out, or make it NaN."
+                f"work_precision got an nfe or an error of {name!r} that is not positive and finite, but its "
+                "axes are logarithmic: leave it out, or make an error NaN."
             )
         lines[name] = count, np.where(np.isfinite(error), error, np.nan)
+    if isinstance(nfe, Mapping) and set(nfe) - set(errors):
+        raise ValueError(
+            f"work_precision got nfe for {sorted(set(nfe) - set(errors))}, which have no errors: name both."
+        )
+    if not any(np.any(np.isfinite(error)) for _, error in lines.values()):
+        raise ValueError("work_precision got no error that is finite, so there is nothing to draw.")
     ax = row((5.6, 4.2), 1)[0] if ax is None else ax
     before = len(ax.lines)
     for number, (name, (count, error)) in enumerate(lines.items(), start=before):
@@ -138,7 +146,9 @@ def work_precision(
         ax.plot(count, error, color=colour, marker=marker, markersize=5, linewidth=1.4, label=name)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    counts = np.unique(np.concatenate([line.get_xdata() for line in ax.lines]))
+    # Of lines that were drawn so before, too, and of nothing else that a user put there.
+    curves = [line for line in ax.lines if str(line.get_marker()) in MARKERS]
+    counts = np.unique(np.concatenate([line.get_xdata() for line in curves]))
     if len(counts) <= 8:
         ax.set_xticks(counts, [f"{count:g}" for count in counts])
         ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
@@ -180,8 +190,11 @@ def schedule(
     if weight is not None:
         check_type(weight, AbstractWeight, "weight", "an instance such as fs.weights.MinSNR()")
     panels = 2 if weight is None else 3
-    if axes is not None and len(axes) != panels:
-        raise ValueError(f"schedule got {len(axes)} axes, but draws onto {panels}: alpha and sigma, log-SNR, weight.")
+    if axes is not None and (not isinstance(axes, Sequence | np.ndarray) or len(axes) != panels):
+        given = (
+            f"{len(axes)} axes" if isinstance(axes, Sequence | np.ndarray) else f"axes of type {type(axes).__name__}"
+        )
+        raise ValueError(f"schedule got {given}, but draws onto {panels}: alpha and sigma, log-SNR, weight.")
     low, high = float(path.t_data), float(path.t_noise)
     if ts is None:
         if log_t and low <= 0:
@@ -193,10 +206,14 @@ def schedule(
         # The power may have rounded them.
         ts = np.clip(ts, low, high)
     ts = jnp.asarray(ts, float)
-    if ts.ndim != 1 or not bool(jnp.all(jax.vmap(path.contains)(ts))):
+    if ts.ndim != 1 or ts.size == 0 or not bool(jnp.all(jax.vmap(path.contains)(ts))):
         raise ValueError(
             f"schedule got ts of shape {ts.shape}, but wants a vector of times from t_data = {low:g} to t_noise = "
             f"{high:g}."
+        )
+    if log_t and not bool(jnp.all(ts > 0)):
+        raise ValueError(
+            "schedule got log_t and a time t = 0, which a logarithmic axis has no place for: leave it out."
         )
     alpha, sigma = (np.asarray(values) for values in jax.vmap(path.coefficients)(ts))
     curves = [np.asarray(jax.vmap(path.log_snr)(ts))]
@@ -244,6 +261,7 @@ def loss_by_time(
     `losses.Aux` have, and for shapes that do not fit; `ImportError` without matplotlib.
     """
     import_matplotlib("loss_by_time")
+    check_type(metrics, Mapping, "metrics", "state.metrics, of a state that training.fit yielded")
     if "loss_by_t" not in metrics or "t_edges" not in metrics:
         raise ValueError(
             f"loss_by_time got metrics with {', '.join(metrics) or 'nothing'}, but wants loss_by_t and t_edges: those "
@@ -254,6 +272,11 @@ def loss_by_time(
         raise ValueError(
             f"loss_by_time got {describe((losses, edges))} for loss_by_t and t_edges, but wants a vector, and another "
             "with one element more."
+        )
+    if log_t and not edges[0] > 0:
+        raise ValueError(
+            f"loss_by_time got log_t and a first edge t = {edges[0]:g}, which a logarithmic axis cannot show: leave "
+            "log_t out."
         )
     ax = row((5.6, 3.6), 1)[0] if ax is None else ax
     colour = COLOURS[len(ax.patches) % len(COLOURS)]

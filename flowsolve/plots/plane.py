@@ -1,6 +1,7 @@
 """A flow in the plane: the ways of its samples, its field, and both as an animation."""
 
 import io
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -180,11 +181,17 @@ def animate(
     matplotlib = import_matplotlib("animate")
     from PIL import Image  # matplotlib's own dependency
 
+    if not isinstance(file, str | os.PathLike):
+        raise TypeError(f"animate got a file of type {type(file).__name__}, but wants its path, ending in .gif.")
     file = os.fspath(file)
     if not file.lower().endswith(".gif"):
         raise ValueError(f"animate got the file {file!r}, but writes a GIF: let its name end in .gif.")
-    if not (seconds > 0 and hold >= 0):
-        raise ValueError(f"animate got seconds = {seconds:g} and hold = {hold:g}, but wants > 0 and >= 0.")
+    if not os.path.isdir(os.path.dirname(file) or "."):
+        raise ValueError(f"animate got the file {file!r} in a folder that does not exist: make it first.")
+    if not (0 < seconds < math.inf and 0 <= hold < math.inf):
+        raise ValueError(f"animate got seconds = {seconds:g} and hold = {hold:g}, but wants finite > 0 and >= 0.")
+    if isinstance(color, str) and not matplotlib.colors.is_color_like(color):
+        raise ValueError(f"animate got the color {color!r}, which matplotlib does not know: give a name such as 'C0'.")
     trail = check_count(trail, "animate got trail", least=0)
     check_type(frames, AbstractGrid, "frames", "an instance such as fs.grids.Uniform(40)")
     request = _Request(solver, grid, controller, dynamics, t_start, t_end)
