@@ -78,8 +78,10 @@ def page(name: str) -> str:
 
 
 def took(name: str) -> str:
-    """How long a run took, of processor time."""
+    """How long a run took, of processor time; nothing if that was not kept."""
     found = TOOK.search((PAGES / OUTPUT.format(name)).read_text())
+    if found is None:
+        return ""
     seconds = int(found[1].split()[0])
     return f"{seconds} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
