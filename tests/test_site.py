@@ -194,6 +194,17 @@ def test_front_page_fits(address, browser, request):
         assert 0 < top < screens * height, what
 
 
+def test_formulas_are_drawn_without_a_script_from_elsewhere(site, address, browser):
+    for file in site.rglob("index.html"):
+        text = file.read_text()
+        assert not re.search(r'<script[^>]* src="(https?:)?//', text), file
+        assert not re.search(r'class="arithmatex">\s*\\', text), file
+    page, _ = browser
+    page.open(f"{address}/api/paths/")
+    assert page.run("return [...document.querySelectorAll('math')].every(m => m.getBoundingClientRect().height > 5)")
+    assert page.run("return document.querySelectorAll('math').length") > 5
+
+
 @pytest.mark.parametrize("place", PAGES)
 def test_pages_do_not_run_over_the_edge(address, browser, place):
     page, _ = browser
