@@ -43,7 +43,7 @@ def run(name: str) -> None:
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     # Of the machine only what the reader has as well; in the place of its clock the time of its processor.
     lines = finished.stdout.replace(f"{ROOT}/", "").splitlines()
-    printed = "\n".join(line.rstrip() for line in lines if not line.startswith("total "))
+    printed = "\n".join(line.rstrip() for line in lines if not line.startswith(("total ", "seconds: ")))
     (PAGES / OUTPUT.format(name)).write_text(f"{printed.strip()}\n\n[{seconds:.0f} s of processor time]\n")
     for picture in sorted(out.glob("*.png")):
         shutil.copy(picture, PAGES / PICTURE.format(name))
@@ -78,10 +78,9 @@ def page(name: str) -> str:
 
 
 def took(name: str) -> str:
-    """How long a run took, of processor time; nothing if that was not kept."""
+    """How long a run took, of processor time."""
     found = TOOK.search((PAGES / OUTPUT.format(name)).read_text())
-    if found is None:
-        return ""
+    assert found is not None, f"docs/examples/{name}.txt says no time: run this script with {name}"
     seconds = int(found[1].split()[0])
     return f"{seconds} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
