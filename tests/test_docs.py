@@ -11,7 +11,6 @@ pages of the examples are what `docs/generate/examples.py` writes.
 import ast
 import contextlib
 import functools
-import importlib.util
 import io
 import re
 from pathlib import Path
@@ -21,13 +20,14 @@ import equinox as eqx
 import jax
 import numpy as np
 import pytest
+from test_examples import load
 
 import flowsolve as fs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 COMING_FROM = DOCS / "coming_from"
-FENCED = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
+FENCED = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
 RUN_FIRST = re.compile(r"<!-- run first\n(?P<code>.*?)-->", re.S)
 # Sources that a page includes are run as examples.
 INCLUDED = re.compile(r"^--8<-- ")
@@ -37,7 +37,6 @@ class Block(NamedTuple):
     """Code, and where it stands."""
 
     line: int
-    language: str
     code: str
 
 
@@ -52,16 +51,12 @@ def name(page: Path) -> str:
 def blocks(page: Path) -> list[Block]:
     """What runs on a page, in its order."""
     text = page.read_text()
-    found = [Block(text.count("\n", 0, m.start()) + 2, "python", m["code"]) for m in RUN_FIRST.finditer(text)]
+    found = [Block(text.count("\n", 0, match.start()) + 2, match["code"]) for match in RUN_FIRST.finditer(text)]
     for match in FENCED.finditer(text):
         code = "\n".join(line.removeprefix(match["indent"]) for line in match["code"].splitlines())
         if not INCLUDED.match(code):
-            found.append(Block(text.count("\n", 0, match.start()) + 2, match["language"], code))
+            found.append(Block(text.count("\n", 0, match.start()) + 2, code))
     return sorted(found)
-
-
-def python(page: Path) -> list[Block]:
-    return [block for block in blocks(page) if block.language == "python"]
 
 
 class Row(NamedTuple):
@@ -103,7 +98,7 @@ def run(code: str, namespace: dict, page: Path, line: int):
 
 def run_blocks(page: Path) -> dict:
     namespace = {"__name__": "__main__"}
-    for block in python(page):
+    for block in blocks(page):
         run(block.code, namespace, page, block.line)
     return namespace
 
@@ -207,10 +202,7 @@ def test_commands_on_pages_name_scripts_that_exist():
 
 @pytest.fixture(scope="module")
 def generate():
-    spec = importlib.util.spec_from_file_location("generate_examples", DOCS / "generate" / "examples.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(DOCS / "generate" / "examples.py")
 
 
 @pytest.mark.quick

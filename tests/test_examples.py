@@ -16,8 +16,9 @@ import flowsolve as fs
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
+def load(file):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_script", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -25,12 +26,12 @@ def load(name):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits")
+    return load(EXAMPLES / "digits.py")
 
 
 @pytest.fixture(scope="module")
 def posterior():
-    return load("posterior")
+    return load(EXAMPLES / "posterior.py")
 
 
 @pytest.fixture(scope="module")

@@ -211,6 +211,13 @@ def test_samples_show_every_pixel_in_its_cell(shape):
     assert np.all(picture[3:5, :, 3] == 0) and np.all(picture[:, 4:6, 3] == 0) and np.all(picture[10:, 6:, 3] == 0)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.uint8])
+def test_samples_of_any_real_dtype(dtype):
+    x = jnp.arange(16).reshape(4, 2, 2).astype(dtype)  # exact in all of them
+    shown = plots.samples(x, low=0, high=15, gap=0, columns=4).images[0].get_array()
+    np.testing.assert_array_equal(shown, np.concatenate(np.arange(16.0).reshape(4, 2, 2), axis=1))
+
+
 def test_samples_leave_failed_ones_blank():
     x = np.zeros((2, 3, 2, 2))
     x[1] = np.nan
@@ -374,6 +381,7 @@ BAD = {
     "no_points": (give(plots.work_precision, [], {"a": []}), ValueError, "at least one point"),
     "endless": (give(plots.work_precision, [np.inf], {"a": [0.1]}), ValueError, "of 'a' that is not positive and fin"),
     "misspelt": (give(plots.work_precision, {"a": [1], "A": [1]}, {"a": [0.1]}), ValueError, r"nfe for \['A'\]"),
+    "words": (give(plots.samples, np.full((4, 2, 2), "a")), TypeError, "but wants real"),
     "complex": (give(plots.samples, np.zeros((4, 2, 2), complex)), TypeError, "dtype complex128, but wants real"),
     "open_range": (give(plots.samples, jnp.zeros((4, 2, 2)), low=-np.inf), ValueError, "low = -inf"),
     "no_file": (give(plots.animate, FLOW, 3, STARTS), TypeError, "file of type int, but wants its path"),

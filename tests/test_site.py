@@ -180,7 +180,7 @@ def test_the_search_finds_unipc(address, browser):
     assert page.run("return document.getElementById('flowsolve.solvers.UniPC').textContent").split()[0] == "UniPC"
 
 
-def test_front_page_fits(address, browser, request):
+def test_front_page_shows_its_picture_and_code(address, browser, request):
     page, device = browser
     page.open(f"{address}/")
     folder = request.config.getoption("--screenshots")

@@ -5,14 +5,13 @@ Orders and moments cannot tell one consistent formula from another; these can.
 
 import math
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import integrate
-from test_solver_noise import GivenNoise
+from test_solver_noise import GivenNoise, steps_over
 
 import flowsolve as fs
 
@@ -34,18 +33,7 @@ def run(solver, dynamics, ts, x, noise):
     """The library's steps, all of them."""
     flow = oracle().flow(PATH, fs.predictions.Velocity())
     brownian = GivenNoise(-ts, noise[:, 0], noise[:, 1], noise) if dynamics.stochastic else None
-    sol = diffrax.diffeqsolve(
-        dynamics.terms(flow, brownian),
-        solver,
-        -ts[0],
-        -ts[-1],
-        None,
-        x,
-        stepsize_controller=diffrax.StepTo(-ts),
-        max_steps=len(TIMES) - 1,
-        saveat=diffrax.SaveAt(steps=True),
-    )
-    return sol.ys
+    return steps_over(dynamics.terms(flow, brownian), solver, ts, x)
 
 
 @pytest.fixture(scope="module")

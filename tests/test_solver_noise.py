@@ -57,6 +57,21 @@ class GivenNoise(diffrax.AbstractBrownianPath):
         return self.extra[self.cell(t0, t1), number]
 
 
+def steps_over(terms, solver, ts, x):
+    """The states after each step of a plain `diffeqsolve` over the times ts, from noise to data."""
+    return diffrax.diffeqsolve(
+        terms,
+        solver,
+        -ts[0],
+        -ts[-1],
+        None,
+        x,
+        stepsize_controller=diffrax.StepTo(-ts),
+        max_steps=len(ts) - 1,
+        saveat=diffrax.SaveAt(steps=True),
+    ).ys
+
+
 EXTRA = 2
 
 

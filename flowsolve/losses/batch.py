@@ -97,6 +97,11 @@ def check_like_null(args: Args, null: Args, owner: str) -> None:
 def check_pairing(coupling: AbstractCoupling, dropout: ConditionDropout | None) -> None:
     """Raise unless a loss's coupling and dropout are of their kinds."""
     check_type(coupling, AbstractCoupling, "coupling", "an instance such as fs.couplings.Assignment()")
+    check_dropout(dropout)
+
+
+def check_dropout(dropout: ConditionDropout | None) -> None:
+    """Raise unless a loss's dropout is of its kind."""
     if dropout is not None:
         check_type(dropout, ConditionDropout, "dropout", "None or a fs.losses.ConditionDropout(0.1, null)")
 

@@ -27,7 +27,7 @@ from ..couplings import Independent
 from ..flowmaps import FlowMap
 from ..paths import AbstractPath
 from ..times import AbstractTimePairs, TimePairs, Uniform
-from .batch import Aux, ConditionDropout, batch_size, check_batch_axis, check_pairing, over_batch
+from .batch import Aux, ConditionDropout, batch_size, check_batch_axis, check_dropout, over_batch
 from .regression import check_source
 
 __all__ = ["InductiveMomentMatching"]
@@ -71,7 +71,7 @@ class InductiveMomentMatching(eqx.Module):
         if is_concrete(self.power) and not float(self.power) >= 0:
             raise ValueError(f"InductiveMomentMatching got power = {float(self.power):g}, but wants it >= 0.")
         check_positive(self, "gap", "eps")
-        check_pairing(Independent(), self.dropout)
+        check_dropout(self.dropout)
 
     def one(
         self,

@@ -40,14 +40,15 @@ def samples(
     **Returns:** the axes, with one `AxesImage` (dark on light: `ax.images[-1].set_cmap("gray_r")`). Pixel (i, j) of the
     image in row r and column c is its element (r (height + gap) + i, c (width + gap) + j).
 
-    **Raises:** `ValueError` for another shape, for fewer cells than images, unless low < high; `ImportError` without
-    matplotlib.
+    **Raises:** `ValueError` for another shape, for fewer cells than images, unless low < high, both finite; `TypeError`
+    for what are no real numbers; `ImportError` without matplotlib.
     """
     import_matplotlib("samples")
-    if not np.issubdtype(np.asarray(x).dtype, np.number) or np.iscomplexobj(x):
-        raise TypeError(f"samples got x of dtype {np.asarray(x).dtype}, but wants real numbers.")
-    images = np.asarray(x).astype(float)
-    images = images[:, None] if images.ndim == 3 else images
+    images = np.asarray(x)
+    # JAX's own, which knows half precisions that NumPy does not.
+    if not jnp.issubdtype(images.dtype, jnp.number) or jnp.issubdtype(images.dtype, jnp.complexfloating):
+        raise TypeError(f"samples got x of dtype {images.dtype}, but wants real numbers.")
+    images = (images[:, None] if images.ndim == 3 else images).astype(float)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.size == 0:
         raise ValueError(
             f"samples got x of shape {np.shape(x)}, but wants images: (num, height, width), or (num, channels, height, "
@@ -110,8 +111,9 @@ def work_precision(
 
     **Returns:** the axes, with a `Line2D` for each name, in the order of `errors`, and a legend.
 
-    **Raises:** `ValueError` for lengths that differ, for a name without evaluations, and for evaluations or errors that
-    are not positive, which a logarithmic axis has no place for; `ImportError` without matplotlib.
+    **Raises:** `ValueError` for lengths that differ, for a name without evaluations or without errors, for evaluations
+    or errors that are not positive, which a logarithmic axis has no place for, and if no error is finite; `ImportError`
+    without matplotlib.
     """
     matplotlib = import_matplotlib("work_precision")
     if not isinstance(errors, Mapping) or not errors:
@@ -190,10 +192,9 @@ def schedule(
     if weight is not None:
         check_type(weight, AbstractWeight, "weight", "an instance such as fs.weights.MinSNR()")
     panels = 2 if weight is None else 3
-    if axes is not None and (not isinstance(axes, Sequence | np.ndarray) or len(axes) != panels):
-        given = (
-            f"{len(axes)} axes" if isinstance(axes, Sequence | np.ndarray) else f"axes of type {type(axes).__name__}"
-        )
+    several = isinstance(axes, Sequence | np.ndarray)
+    if axes is not None and (not several or len(axes) != panels):
+        given = f"{len(axes)} axes" if several else f"axes of type {type(axes).__name__}"
         raise ValueError(f"schedule got {given}, but draws onto {panels}: alpha and sigma, log-SNR, weight.")
     low, high = float(path.t_data), float(path.t_noise)
     if ts is None:
@@ -258,9 +259,10 @@ def loss_by_time(
     **Returns:** the axes, with one `StepPatch`.
 
     **Raises:** `ValueError` for metrics without the loss by time, which the first state and that of a loss without
-    `losses.Aux` have, and for shapes that do not fit; `ImportError` without matplotlib.
+    `losses.Aux` have, for shapes that do not fit, and for a logarithmic axis from t = 0; `TypeError` for what are no
+    metrics; `ImportError` without matplotlib.
     """
-    import_matplotlib("loss_by_time")
+    matplotlib = import_matplotlib("loss_by_time")
     check_type(metrics, Mapping, "metrics", "state.metrics, of a state that training.fit yielded")
     if "loss_by_t" not in metrics or "t_edges" not in metrics:
         raise ValueError(
@@ -280,9 +282,7 @@ def loss_by_time(
         )
     ax = row((5.6, 3.6), 1)[0] if ax is None else ax
     colour = COLOURS[len(ax.patches) % len(COLOURS)]
-    from matplotlib.colors import to_rgba
-
-    shades = {"facecolor": to_rgba(colour, 0.25), "edgecolor": colour}
+    shades = {"facecolor": matplotlib.colors.to_rgba(colour, 0.25), "edgecolor": colour}
     ax.stairs(np.where(np.isfinite(losses), losses, np.nan), edges, fill=True, linewidth=1.6, label=label, **shades)
     if log_t:
         ax.set_xscale("log")

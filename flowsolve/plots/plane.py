@@ -176,7 +176,8 @@ def animate(
 
     **Returns:** the axes, as the last frame shows them.
 
-    **Raises:** as `trajectories`; `ValueError` for a file that is no GIF and for times that are not positive.
+    **Raises:** as `trajectories`; `ValueError` for a file that is no GIF or in no folder, for times that are not
+    positive and finite, and for a colour that does not fit; `TypeError` for a file that is no path.
     """
     matplotlib = import_matplotlib("animate")
     from PIL import Image  # matplotlib's own dependency

@@ -4,13 +4,12 @@ import warnings
 from types import ModuleType
 from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_solver_noise import GivenNoise
+from test_solver_noise import GivenNoise, steps_over
 
 import flowsolve as fs
 
@@ -49,16 +48,7 @@ def flow_of(path: fs.paths.AbstractPath) -> fs.Flow:
 def _noisy(flow, solver, dynamics, ts, x, noise):
     def one(x, noise):
         brownian = GivenNoise(-ts, noise, noise, noise[:, None])
-        return diffrax.diffeqsolve(
-            dynamics.terms(flow, brownian),
-            solver,
-            -ts[0],
-            -ts[-1],
-            None,
-            x,
-            stepsize_controller=diffrax.StepTo(-ts),
-            max_steps=len(ts) - 1,
-        ).ys[-1]
+        return steps_over(dynamics.terms(flow, brownian), solver, ts, x)[-1]
 
     return jax.vmap(one, in_axes=(0, 1))(x, noise)
 
